@@ -1,0 +1,197 @@
+"""The typed description of a decoder, and all that follows from it by arithmetic. Torch-free: ``check`` uses it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Norm = Literal["rms", "layer"]
+Positions = Literal["rope", "alibi", "learned", "none"]
+Activation = Literal["swiglu", "gelu", "gelu_tanh"]
+Balance = Literal["loss", "bias", "none"]
+Score = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts in place of the feed-forward network.
+
+    Args:
+        num_experts: experts per layer, E.
+        top_k: experts each token is sent to, k.
+        ffn_dim: hidden width of one expert.
+        score: router scores by softmax over all experts (Mixtral) or by sigmoid (DeepSeek-V3).
+        renormalize: make the k chosen weights sum to one.
+        balance: ``loss`` adds ``balance_coef * E * sum_e f_e P_e`` per layer (mean over layers; 1.0 at balance);
+            ``bias`` moves a per-expert bias that only the choice of experts sees (2408.15664); ``none``.
+        balance_coef: weight of the balance loss.
+        balance_counts: where f comes from when a step has several micro-batches: ``step`` counts the whole step first
+            (one more forward without gradient, exact for any micro-batch), ``running`` uses what the step has routed so far.
+        bias_rate: step of the bias update, gamma.
+        z_loss_coef: weight of mean(logsumexp(router logits)^2) (ST-MoE, 2202.08906).
+    """
+
+    num_experts: int
+    ffn_dim: int
+    top_k: int = 2
+    score: Score = "softmax"
+    renormalize: bool = True
+    balance: Balance = "loss"
+    balance_coef: float = 0.01
+    balance_counts: Literal["step", "running"] = "step"
+    bias_rate: float = 1e-3
+    z_loss_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"moe.top_k {self.top_k} is not between 1 and moe.num_experts {self.num_experts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama-3.1's stretching of the rotary frequencies to longer contexts."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One configurable decoder: Llama, Qwen, Mixtral, GPT-2 and BLOOM are points in this space.
+
+    Args:
+        vocab_size: rows of the embedding.
+        dim: width of the residual stream.
+        num_layers: number of blocks.
+        num_heads: query heads.
+        num_kv_heads: key/value heads (grouped-query attention); ``null`` = ``num_heads``.
+        head_dim: width of a head; ``null`` = ``dim / num_heads``.
+        ffn_dim: hidden width of the dense feed-forward network; ``null`` only when every layer is MoE.
+        norm: RMSNorm or LayerNorm. norm_eps: its epsilon.
+        activation: ``swiglu`` has gate, up and down; ``gelu`` (exact) and ``gelu_tanh`` have up and down.
+        positions: rotary, ALiBi, learned or none.
+        rope_theta: base of the rotary frequencies. rope_scaling: Llama-3.1's, or ``null``.
+        max_seq_len: rows of the position table; needed by ``learned`` only.
+        qkv_bias: bias on the query, key and value projections (Qwen). bias: bias on all other linear maps (GPT-2, BLOOM).
+        qk_norm: normalise queries and keys per head (Qwen3).
+        tie_embeddings: the head is the embedding.
+        embedding_norm: a norm right after the embedding (BLOOM).
+        moe: the experts, or ``null`` for a dense model. moe_every: layer i has experts when (i + 1) % moe_every == 0.
+        dropout: probability, on the embedding, the attention weights and each residual branch.
+        init_std: standard deviation of the normal initialisation (output projections: / sqrt(2 num_layers)).
+    """
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn_dim: int | None = None
+    norm: Norm = "rms"
+    norm_eps: float = 1e-5
+    activation: Activation = "swiglu"
+    positions: Positions = "rope"
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_seq_len: int | None = None
+    qkv_bias: bool = False
+    bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    embedding_norm: bool = False
+    moe: MoEConfig | None = None
+    moe_every: int = 1
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        problems = list(self.problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is wrong with the sizes, as sentences; empty when they fit together."""
+        found = []
+        if self.head_dim is None and self.dim % self.num_heads:
+            found.append(f"num_heads {self.num_heads} does not divide dim {self.dim}")
+        if self.num_heads % self.kv_heads:
+            found.append(f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
+        if self.positions == "rope" and self.head_width % 2:
+            found.append(f"rotary positions need an even head width, not {self.head_width}")
+        if self.ffn_dim is None and any(not self.is_moe_layer(i) for i in range(self.num_layers)):
+            found.append("ffn_dim is missing: there are layers without experts")
+        if self.positions == "learned" and self.max_seq_len is None:
+            found.append("max_seq_len is missing: learned positions need the length of their table")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout {self.dropout} is not in [0, 1)")
+        return found
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) holds experts."""
+        return self.moe is not None and (layer + 1) % self.moe_every == 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.is_moe_layer(i) for i in range(self.num_layers))
+
+    def _norm_params(self, width: int) -> int:
+        return width if self.norm == "rms" else 2 * width
+
+    def _attention_params(self) -> int:
+        q, kv, d = self.num_heads * self.head_width, self.kv_heads * self.head_width, self.dim
+        weights = d * (q + 2 * kv) + q * d
+        biases = (q + 2 * kv if self.qkv_bias else 0) + (d if self.bias else 0)
+        return weights + biases + (2 * self._norm_params(self.head_width) if self.qk_norm else 0)
+
+    def _ffn_params(self, ffn_dim: int, bias: bool) -> int:
+        maps_in = 2 if self.activation == "swiglu" else 1
+        return (maps_in + 1) * self.dim * ffn_dim + (maps_in * ffn_dim + self.dim if bias else 0)
+
+    def _count(self, experts_per_layer: int) -> int:
+        d = self.dim
+        embedding = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        if self.positions == "learned":
+            embedding += (self.max_seq_len or 0) * d
+        if self.embedding_norm:
+            embedding += self._norm_params(d)
+        total = embedding + self._norm_params(d) + self.num_layers * (self._attention_params() + 2 * self._norm_params(d))
+        dense_layers = self.num_layers - self.num_moe_layers
+        if dense_layers:
+            total += dense_layers * self._ffn_params(self.ffn_dim or 0, self.bias)
+        if self.moe is not None:
+            per_layer = self.moe.num_experts * d + experts_per_layer * self._ffn_params(self.moe.ffn_dim, bias=False)
+            total += self.num_moe_layers * per_layer
+        return total
+
+    @property
+    def num_params(self) -> int:
+        """All parameters; a tied embedding counts once."""
+        return self._count(self.moe.num_experts if self.moe else 0)
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token passes through: k experts of each MoE layer, everything else whole."""
+        return self._count(self.moe.top_k if self.moe else 0)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Training FLOPs of one token: 6 per active matrix weight (head included, input embedding not) and causal attention.
+
+        Attention: 2 products x 2 FLOPs x seq_len / 2 keys on average x width, forward once and backward twice
+        = 6 * layers * seq_len * width. Recomputation is not counted: this is the model's work (MFU, 2204.02311).
+        """
+        lookup = self.vocab_size * self.dim if not self.tie_embeddings else 0
+        if self.positions == "learned":
+            lookup += (self.max_seq_len or 0) * self.dim
+        width = self.num_heads * self.head_width
+        return 6 * (self.active_params - lookup) + 6 * self.num_layers * seq_len * width
