@@ -1,0 +1,31 @@
+"""Token shards, their order, packing to windows, and the DataModules. Imports nothing until a name is used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Batch": "batch",
+    "IndexedShard": "shards",
+    "Manifest": "manifest",
+    "Order": "order",
+    "PackedShards": "datamodule",
+    "PackedSource": "packing",
+    "Permutation": "order",
+    "ShardWriter": "shards",
+    "Tokenizer": "tokenizer",
+    "verify": "verify",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use (PEP 562): writing shards needs neither torch nor Lightning."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,21 @@
+"""Plain ``nn.Module`` decoders: no loss, no optimizer, no parallelism."""
+
+from llmrecipes.models.cache import KVCache
+from llmrecipes.models.decoder import Block, Decoder, DecoderOutput
+from llmrecipes.models.generation import generate
+from llmrecipes.models.init import init_weights
+from llmrecipes.models.moe import Routing
+from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
+
+__all__ = [
+    "Block",
+    "Decoder",
+    "DecoderOutput",
+    "KVCache",
+    "MoEConfig",
+    "ModelConfig",
+    "RopeScaling",
+    "Routing",
+    "generate",
+    "init_weights",
+]

@@ -1,0 +1,6 @@
+"""LightningModules, one per stage; base.py holds the only optimizer step and the only division."""
+
+from llmrecipes.modules.base import StepModule, TrainingStopped
+from llmrecipes.modules.pretrain import PretrainModule
+
+__all__ = ["PretrainModule", "StepModule", "TrainingStopped"]

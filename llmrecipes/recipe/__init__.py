@@ -1,6 +1,22 @@
 """Strict reading of recipes: typed sizes, durations with units, every mistake at once. Never imports torch."""
 
+from llmrecipes.recipe.check import check, checked_recipe
 from llmrecipes.recipe.duration import Duration
+from llmrecipes.recipe.fingerprint import diff, fingerprint
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
+from llmrecipes.recipe.problem import Problem
+from llmrecipes.recipe.recipe import Recipe, read_recipe
 
-__all__ = ["Duration", "MoEConfig", "ModelConfig", "RopeScaling"]
+__all__ = [
+    "Duration",
+    "MoEConfig",
+    "ModelConfig",
+    "Problem",
+    "Recipe",
+    "RopeScaling",
+    "check",
+    "checked_recipe",
+    "diff",
+    "fingerprint",
+    "read_recipe",
+]

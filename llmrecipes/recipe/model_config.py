@@ -26,7 +26,7 @@ class MoEConfig:
             ``bias`` moves a per-expert bias that only the choice of experts sees (2408.15664); ``none``.
         balance_coef: weight of the balance loss.
         balance_counts: where f comes from when a step has several micro-batches: ``step`` counts the whole step first
-            (one more forward without gradient, exact for any micro-batch), ``running`` uses what the step has routed so far.
+            (one more forward without gradient, exact for any micro-batch), ``running`` uses what it has routed so far.
         bias_rate: step of the bias update, gamma.
         z_loss_coef: weight of mean(logsumexp(router logits)^2) (ST-MoE, 2202.08906).
     """
@@ -74,7 +74,7 @@ class ModelConfig:
         positions: rotary, ALiBi, learned or none.
         rope_theta: base of the rotary frequencies. rope_scaling: Llama-3.1's, or ``null``.
         max_seq_len: rows of the position table; needed by ``learned`` only.
-        qkv_bias: bias on the query, key and value projections (Qwen). bias: bias on all other linear maps (GPT-2, BLOOM).
+        qkv_bias: bias on the query, key and value projections (Qwen). bias: on all other linear maps (GPT-2, BLOOM).
         qk_norm: normalise queries and keys per head (Qwen3).
         tie_embeddings: the head is the embedding.
         embedding_norm: a norm right after the embedding (BLOOM).
@@ -131,10 +131,12 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads, H_kv."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_width(self) -> int:
+        """Width of one head."""
         return self.head_dim or self.dim // self.num_heads
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -143,6 +145,7 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
+        """Blocks that hold experts."""
         return sum(self.is_moe_layer(i) for i in range(self.num_layers))
 
     def _norm_params(self, width: int) -> int:
@@ -165,7 +168,8 @@ class ModelConfig:
             embedding += (self.max_seq_len or 0) * d
         if self.embedding_norm:
             embedding += self._norm_params(d)
-        total = embedding + self._norm_params(d) + self.num_layers * (self._attention_params() + 2 * self._norm_params(d))
+        block = self._attention_params() + 2 * self._norm_params(d)
+        total = embedding + self._norm_params(d) + self.num_layers * block
         dense_layers = self.num_layers - self.num_moe_layers
         if dense_layers:
             total += dense_layers * self._ffn_params(self.ffn_dim or 0, self.bias)
@@ -185,7 +189,7 @@ class ModelConfig:
         return self._count(self.moe.top_k if self.moe else 0)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Training FLOPs of one token: 6 per active matrix weight (head included, input embedding not) and causal attention.
+        """Training FLOPs of one token: 6 per active weight (head included, input embedding not) and causal attention.
 
         Attention: 2 products x 2 FLOPs x seq_len / 2 keys on average x width, forward once and backward twice
         = 6 * layers * seq_len * width. Recomputation is not counted: this is the model's work (MFU, 2204.02311).

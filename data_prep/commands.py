@@ -1,0 +1,79 @@
+"""The stages of `llmrecipes data`: names, functions and help, without importing any of them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from llmrecipes.errors import UserError
+
+
+class Stage(NamedTuple):
+    """Where the function of a stage is, and what it does in one line."""
+
+    module: str
+    function: str
+    help: str
+
+    def load(self) -> Callable[..., None]:
+        """Imports the module and returns the function; its arguments are the options of the command."""
+        function: Callable[..., None] = getattr(importlib.import_module(self.module), self.function)
+        return function
+
+
+STAGES = {
+    "demo": Stage("data_prep.demo_corpus", "demo", "write a small Japanese and English corpus about an invented world"),
+    "tokenizer": Stage("data_prep.tokenizer", "train_tokenizer", "train a tokenizer and export it, verified"),
+    "tokenize": Stage("data_prep.tokenize", "tokenize", "turn documents into token shards, in parallel, restartable"),
+    "stats": Stage("data_prep.inspect_shards", "stats", "count and verify token shards"),
+    "inspect": Stage("data_prep.inspect_shards", "inspect", "show documents of a shard, piece by piece"),
+}
+
+
+def help_text() -> str:
+    """The stages, one a line."""
+    return "\n".join(f"  {name:<12} {stage.help}" for name, stage in STAGES.items())
+
+
+def run(stage: str, args: Sequence[str]) -> None:
+    """Runs `llmrecipes data STAGE ARGS...`.
+
+    Raises:
+        UserError: no such stage, or what the stage itself finds wrong.
+    """
+    import jsonargparse
+
+    if stage not in STAGES:
+        import difflib
+
+        close = difflib.get_close_matches(stage, STAGES, n=1)
+        meant = f" - did you mean {close[0]!r}?" if close else f"; there are: {', '.join(STAGES)}"
+        raise UserError(f"data {stage}: no such stage{meant}")
+    function = STAGES[stage].load()
+    jsonargparse.auto_cli(function, args=join_lists(function, args), as_positional=False)
+
+
+def join_lists(function: Callable[..., None], args: Sequence[str]) -> list[str]:
+    """Lets list options be given as shells expand them: `--input a b` becomes `--input=["a", "b"]` for jsonargparse."""
+    lists = {
+        f"--{name}": "int" in str(parameter.annotation)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if str(parameter.annotation).startswith("list[")
+    }
+    joined, rest = list[str](), list(args)
+    while rest:
+        option = rest.pop(0)
+        if option not in lists:
+            joined.append(option)
+            continue
+        values = list[str]()
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if len(values) == 1 and values[0].startswith("["):  # already written as a list
+            joined += [option, values[0]]
+        else:
+            joined.append(f"{option}=" + ("[" + ",".join(values) + "]" if lists[option] else json.dumps(values)))
+    return joined

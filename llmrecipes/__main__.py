@@ -1,0 +1,7 @@
+"""``python -m llmrecipes``."""
+
+import sys
+
+from llmrecipes.cli import main
+
+sys.exit(main())

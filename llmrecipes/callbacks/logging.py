@@ -1,0 +1,134 @@
+"""One line per logged step for people, one JSON object for programs, and a bar on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from tqdm import tqdm
+
+from llmrecipes.callbacks.metrics_file import MetricsFile
+from llmrecipes.callbacks.throughput import Throughput, clock, known_peak, peak_memory
+
+log = logging.getLogger("llmrecipes")
+
+
+class Logging(L.Callback):
+    """Writes ``metrics.jsonl``, the console line and the progress bar, and feeds the Trainer's loggers (wandb, CSV).
+
+    Args:
+        every: log each step that is a multiple of this, and the first and the last.
+        peak_flops: of one device in FLOP/s, for the MFU; ``null`` = looked up by the GPU's name, unknown on CPUs.
+        progress_bar: show a bar when standard error is a terminal.
+    """
+
+    def __init__(self, every: int = 10, peak_flops: float | None = None, progress_bar: bool = True) -> None:
+        self.every = every
+        self.peak_flops = peak_flops
+        self.progress_bar = progress_bar
+        self._bar: tqdm | None = None
+        self._file: MetricsFile | None = None
+        self._throughput: Throughput | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        self._throughput = Throughput(step)
+        if trainer.is_global_zero:
+            self._file = MetricsFile(Path(trainer.default_root_dir) / "metrics.jsonl")
+            if self.progress_bar and sys.stderr.isatty():
+                self._bar = tqdm(total=trainer.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert self._throughput is not None
+        self._throughput.start_step()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert self._throughput is not None
+        self._throughput.end_step(pl_module.tokens_per_step)
+        if self._bar is not None:
+            self._bar.update(1)
+        step = trainer.global_step
+        if step % self.every == 0 or step in (1, trainer.max_steps):
+            self._log_step(trainer, pl_module)
+
+    def _log_step(self, trainer: L.Trainer, pl_module: Any) -> None:
+        assert self._throughput is not None
+        record = pl_module.last_step.as_json()
+        rate = self._throughput.rate()
+        record["tokens_per_second"] = rate
+        peak = self.peak_flops or known_peak(pl_module.device)
+        if peak:
+            flops = pl_module.config.flops_per_token(trainer.datamodule.seq_len)  # type: ignore[attr-defined]
+            record["mfu"] = rate * flops / (peak * trainer.world_size)
+        record["memory_gib"] = peak_memory(pl_module.device)
+        left = self._throughput.seconds_left(record["step"], trainer.max_steps)
+        self._write(trainer, record, console_line(record, trainer.max_steps, left))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        metrics = pl_module.validation_metrics
+        if not metrics:
+            return
+        domains = "  ".join(f"{k.partition('/')[2]} {v:.4f}" for k, v in metrics.items() if "/" in k)
+        loss = metrics["val_loss"]
+        line = f"valid {trainer.global_step:>6}  val_loss {loss:.4f}  ppl {math.exp(loss):.2f}  {domains}"
+        if trainer.state.fn == "fit":
+            self._write(trainer, {"step": trainer.global_step, **metrics}, line)
+        else:
+            log.info(line)
+
+    def _write(self, trainer: L.Trainer, record: dict[str, Any], line: str) -> None:
+        if self._file is None:
+            return
+        self._file.append(record)
+        log.info(line)
+        for logger in trainer.loggers:
+            logger.log_metrics(flatten(record), step=record["step"])
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def console_line(record: dict[str, Any], max_steps: int, seconds_left: float | None) -> str:
+    """The one line a person reads."""
+    step = record["step"]
+    width = len(str(max_steps))
+    parts = [
+        f"step {step:>{width}}/{max_steps} {100 * step / max_steps:5.1f}%",
+        f"loss {record['loss']:.4f}",
+        f"grad {record['grad_norm']:.3f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+    ]
+    if "mfu" in record:
+        parts.append(f"MFU {100 * record['mfu']:.1f}%")
+    parts.append(f"{record['memory_gib']:.2f} GiB")
+    if "max_violation" in record:
+        dead = sum(load == 0 for layer in record["expert_load"] for load in layer)
+        parts.append(
+            f"balance {record['aux_loss']:.3f} maxvio {max(record['max_violation']):.2f}"
+            + (f" dead {dead}" if dead else "")
+        )
+    if seconds_left is not None:
+        parts.append(f"ETA {clock(seconds_left)}")
+    return "  ".join(parts)
+
+
+def flatten(record: dict[str, Any]) -> dict[str, float]:
+    """Numbers only, lists per layer (and expert) spread to ``name/layer`` (``/expert``), for loggers."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            for i, item in enumerate(value):
+                flat |= flatten({f"{name}/{i}": item})
+        elif isinstance(value, (int, float)):
+            flat[name] = value
+    return flat

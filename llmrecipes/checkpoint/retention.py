@@ -1,0 +1,70 @@
+"""Which checkpoints there are, which one to go on from, and which ones may go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from llmrecipes.checkpoint.files import step_of, verify
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Folders named like checkpoints, oldest first; complete or not."""
+    if not root.is_dir():
+        return []
+    found = [(step, path) for path in root.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found)]
+
+
+def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and one sentence for each newer one that does not."""
+    broken: list[str] = []
+    for path in reversed(checkpoints(root)):
+        reason = verify(path)
+        if reason is None:
+            return path, broken
+        broken.append(f"{path} is broken and passed over: {reason}")
+    return None, broken
+
+
+def remove_leftovers(root: Path) -> None:
+    """Delete what killed writers left: hidden ``.tmp-`` and ``.old-`` folders. Only the owner of the run calls this."""
+    if root.is_dir():
+        for path in root.iterdir():
+            if path.name.startswith((".tmp-", ".old-")):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def point_latest(root: Path, target: Path) -> None:
+    """Move the ``latest`` link, for people; resuming looks at the manifests instead."""
+    temporary = root / f".latest-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(root / "latest")
+
+
+def purge(root: Path, keep_last: int, keep_every: int | None, protected: Iterable[int]) -> list[Path]:
+    """Delete the checkpoints that no rule keeps; called only after the newest one verified.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        keep_last: how many of the newest stay.
+        keep_every: steps that are multiples of it stay for good.
+        protected: steps that stay whatever the rules say (the best one).
+
+    Returns:
+        The removed folders.
+    """
+    found, keep = checkpoints(root), set(protected)
+    removed = []
+    for path in found[: max(0, len(found) - keep_last)]:
+        step = step_of(path)
+        if step in keep or (keep_every and step is not None and step % keep_every == 0):
+            continue
+        # The manifest goes first: a folder whose removal is cut short is then no checkpoint any more.
+        (path / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path)
+    return removed

@@ -1,0 +1,91 @@
+"""The ``llmrecipes`` command: parses, prints, dispatches. Only the chosen branch imports anything heavy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from llmrecipes import __version__
+from llmrecipes.errors import UserError
+
+TRAINER_COMMANDS = {
+    "fit": "train from a recipe; goes on by itself where it stopped",
+    "validate": "validation loss of a run's newest checkpoint",
+}
+COMMANDS = {
+    "check": ("llmrecipes.recipe.check", "main", "every mistake in recipes at once, without starting anything"),
+    "data": ("data_prep.commands", "main", "corpora, tokenizers and token shards, stage by stage"),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    rows = {**TRAINER_COMMANDS, **{name: entry[2] for name, entry in COMMANDS.items()}}
+    width = max(map(len, rows))
+    table = "\n".join(f"  {name:{width}}  {text}" for name, text in rows.items())
+    return (
+        "usage: llmrecipes [--help] [--version] COMMAND ...\n\n"
+        f"{table}\n\n"
+        "llmrecipes fit --config recipes/cpu/moe_pretrain.yaml\n"
+        "llmrecipes COMMAND --help for a command's options"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 1 failed, 2 the user's mistake, 75 stopped on request and resumable.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"llmrecipes {__version__}")
+        return 0
+    try:
+        return _command(words[0])(words[1:])
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of a pipe went away (| head): not worth a word.
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - stays open for the interpreter's last flush
+        return 1
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name in TRAINER_COMMANDS:
+        return lambda words: _train(name, words)
+    if name in COMMANDS:
+        module, function, _ = COMMANDS[name]
+        return getattr(importlib.import_module(module), function)
+    guess = difflib.get_close_matches(name, [*TRAINER_COMMANDS, *COMMANDS], 1)
+    hint = f" - did you mean '{guess[0]}'?" if guess else ""
+    raise UserError(f"unknown command '{name}'{hint} (llmrecipes --help lists them)")
+
+
+def _train(name: str, words: list[str]) -> int:
+    """Check the recipe in a second, before torch and Lightning are even imported."""
+    if not {"-h", "--help", "--print_config"} & {word.partition("=")[0] for word in words}:
+        from llmrecipes.recipe.check import check_arguments
+
+        check_arguments(words)
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # must be set before torch loads its threads; see docs/decisions.md
+    from llmrecipes.modules import TrainingStopped
+    from llmrecipes.run.fit import run
+
+    try:
+        return run(name, words)
+    except TrainingStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

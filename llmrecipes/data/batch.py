@@ -1,0 +1,74 @@
+"""What every pretraining step is fed with."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """Rows of packed documents.
+
+    Args:
+        tokens: input ids [B, T].
+        labels: the next id at each position [B, T]; ``IGNORE`` = not trained on.
+        document_lengths: per row the lengths of its documents, which sum to T; None = every row is one document.
+        token_mask: [B, T], True = a real token; None = all are.
+    """
+
+    tokens: LongTensor | Tensor
+    labels: LongTensor | Tensor
+    document_lengths: list[list[int]] | None = None
+    token_mask: BoolTensor | Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on another device; Lightning calls this."""
+        mask = self.token_mask
+        return Batch(
+            self.tokens.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            self.document_lengths,
+            None if mask is None else mask.to(device, non_blocking=non_blocking),
+        )
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows start .. stop - 1 (a micro-batch), without copying."""
+        lengths, mask = self.document_lengths, self.token_mask
+        return Batch(
+            self.tokens[start:stop],
+            self.labels[start:stop],
+            None if lengths is None else lengths[start:stop],
+            None if mask is None else mask[start:stop],
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.tokens.shape[0]
+
+    @property
+    def num_targets(self) -> int:
+        """Positions that are trained on."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens: those that are not padding."""
+        return self.tokens.numel() if self.token_mask is None else int(self.token_mask.sum())
+
+    def split(self, rows: int) -> list[Batch]:
+        """Micro-batches of at most ``rows`` rows, without copying."""
+        return [self.rows(start, start + rows) for start in range(0, self.num_rows, rows)]
+
+    def digest(self) -> str:
+        """Eight hex digits that tell two batches apart: CRC-32 over tokens, then labels."""
+        crc = 0
+        for part in (self.tokens, self.labels):
+            crc = zlib.crc32(part.detach().cpu().contiguous().numpy().data, crc)
+        return f"{crc:08x}"

@@ -1,0 +1,102 @@
+"""Cross-entropy of the output layer without ever holding the logits of all tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+BLOCK_ELEMENTS = 2**19  # softmax runs over blocks of rows small enough to stay in the CPU's cache
+
+
+class _Grads(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+
+
+def _block_loss(logits: Tensor, labels: Tensor, scratch: Tensor, want_grad: bool) -> Tensor:
+    """Loss sum of one block of rows; with ``want_grad`` turns ``logits`` [rows, V] into its gradient in place.
+
+    log sum exp = max - log(largest probability), because the largest probability is 1 / sum exp(l - max).
+    """
+    targets = labels[:, None]
+    wide = logits.to(scratch.dtype)
+    top, chosen = wide.amax(-1), wide.gather(1, targets)[:, 0]
+    probs = torch.softmax(wide, -1, out=scratch[: len(wide)])
+    loss = (top - chosen - probs.amax(-1).log_()).sum()
+    if want_grad:
+        probs.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probs.dtype))
+        logits.copy_(probs)
+    return loss
+
+
+def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, want_grad: bool) -> tuple[Tensor, Any]:
+    """Loss sum and, if wanted, the gradients of ``hidden`` (its type) and ``weight`` (fp32, fp64 for fp64)."""
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    chunk_size = max(1, min(chunk_size, rows))
+    block = max(1, min(chunk_size, BLOCK_ELEMENTS // vocab)) if hidden.device.type == "cpu" else chunk_size
+    buffer = hidden.new_empty(chunk_size, vocab)
+    scratch = hidden.new_empty(block, vocab, dtype=wide)
+    grads = None
+    if want_grad:
+        grads = _Grads(torch.empty_like(hidden), torch.zeros(weight.shape, dtype=wide, device=weight.device))
+    for start in range(0, rows, chunk_size):
+        part = hidden[start : start + chunk_size]
+        logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+        for piece, targets in zip(logits.split(block), labels[start : start + chunk_size].split(block), strict=True):
+            loss += _block_loss(piece, targets, scratch, want_grad)
+        if grads is not None:
+            torch.mm(logits, weight, out=grads.hidden[start : start + chunk_size])
+            if wide == hidden.dtype:
+                grads.weight.addmm_(logits.t(), part)
+            else:
+                grads.weight.add_(logits.t() @ part)
+    return loss, grads
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed in the forward pass, while a chunk's logits are at hand; the backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        loss, grads = _forward(hidden.to(dtype), weight.to(dtype), labels, chunk_size, want_grad=True)
+        ctx.save_for_backward(grads.hidden.to(hidden.dtype), grads.weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy of ``hidden @ weight.T`` against ``labels``, and the number of labels that count.
+
+    Args:
+        hidden: [N, D]. weight: [V, D]. labels: [N], -100 = does not count.
+        chunk_size: rows whose logits exist at one time.
+
+    Returns:
+        loss sum (scalar, fp32 or wider) and count (scalar int64, no gradient). Divide by the count of the whole step.
+
+    Under autocast the matrix products run in autocast's type, softmax and the weight's gradient sum in fp32.
+    """
+    keep = (labels != IGNORE).nonzero()[:, 0]  # waits for the device once; prompts and padding then cost nothing
+    count = torch.full((), len(keep), dtype=torch.int64, device=labels.device)
+    if len(keep) < len(labels):
+        hidden, labels = hidden.index_select(0, keep), labels.index_select(0, keep)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, dtype), count
+        loss, _ = _forward(hidden.detach().to(dtype), weight.detach().to(dtype), labels, chunk_size, want_grad=False)
+        return loss, count

@@ -1,0 +1,116 @@
+"""Grouped-query attention over packed documents."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrecipes.models.context import SequenceContext
+from llmrecipes.models.layers import make_norm
+from llmrecipes.models.rotary import apply_rotary
+from llmrecipes.recipe.model_config import ModelConfig
+
+
+class Attention(nn.Module):
+    """Causal self-attention; each document sees only itself.
+
+    One fused projection ``qkv`` (rows: all query heads, all key heads, all value heads) and the projection ``out``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.kv_heads, self.width = config.num_heads, config.kv_heads, config.head_width
+        self.qkv = nn.Linear(config.dim, (self.num_heads + 2 * self.kv_heads) * self.width, bias=config.qkv_bias)
+        self.out = nn.Linear(self.num_heads * self.width, config.dim, bias=config.bias)
+        self.q_norm = make_norm(config, self.width) if config.qk_norm else None
+        self.k_norm = make_norm(config, self.width) if config.qk_norm else None
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """Mix ``x`` [B, T, dim] along T; returns [B, T, dim]."""
+        rows, length, _ = x.shape
+        q_size, kv_size = self.num_heads * self.width, self.kv_heads * self.width
+        query, key, value = self.qkv(x).split([q_size, kv_size, kv_size], dim=-1)
+        query = query.view(rows, length, self.num_heads, self.width)
+        key = key.view(rows, length, self.kv_heads, self.width)
+        value = value.view(rows, length, self.kv_heads, self.width)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if context.cos is not None and context.sin is not None:
+            query = apply_rotary(query, context.cos, context.sin)
+            key = apply_rotary(key, context.cos, context.sin)
+        if context.cache is not None:
+            key, value = context.cache.extend(self.layer, key, value)
+        mixed = attend(query, key, value, context, self.dropout if self.training else 0.0)
+        return self.out(mixed.reshape(rows, length, q_size))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, dropout: float = 0.0) -> Tensor:
+    """Causal attention inside each document, by the fastest kernel that fits.
+
+    Args:
+        query: [B, T, heads, width]. key, value: [B, S, kv_heads, width]; S > T only with a cache.
+        context: borders of the documents, ALiBi bias.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        [B, T, heads, width].
+    """
+    if context.lengths is None:
+        return _attend_rows(query, key, value, context.bias, dropout)
+    return _attend_documents(query, key, value, context, dropout)
+
+
+@torch.compiler.disable  # the borders change with every batch; compiled code would be rebuilt for each
+def _attend_documents(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, dropout: float) -> Tensor:
+    assert context.lengths is not None
+    varlen = context.cu_seqlens is not None and query.dtype in (torch.bfloat16, torch.float16)
+    if varlen and context.bias is None and dropout == 0.0:
+        return _attend_varlen(query, key, value, context)
+    # One call per document costs far less than one call with a [T, T] mask, and the borders are known on the host.
+    flat = [x.flatten(0, 1).unsqueeze(0).split(context.lengths, dim=1) for x in (query, key, value)]
+    mixed = [_attend_rows(q, k, v, context.bias, dropout) for q, k, v in zip(*flat, strict=True)]
+    return torch.cat(mixed, dim=1).view(query.shape)
+
+
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """Attention over rows that are one document each; the last query sits on the last key."""
+    queries, keys = query.shape[1], key.shape[1]
+    mask = None
+    if bias is not None:
+        mask = bias[:, :queries, :keys].to(query.dtype)
+    elif 1 < queries < keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    mixed = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and queries == keys,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return mixed.transpose(1, 2)
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext) -> Tensor:
+    """All documents in one launch of FlashAttention (CUDA, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert context.lengths is not None and context.cu_seqlens is not None
+    longest = max(context.lengths)
+    mixed = varlen_attn(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
+        context.cu_seqlens,
+        context.cu_seqlens,
+        longest,
+        longest,
+        window_size=(-1, 0),  # nothing to the right: causal
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    assert isinstance(mixed, Tensor)
+    return mixed.view(query.shape)

@@ -1,0 +1,76 @@
+"""What every layer needs to know of the sequences in a batch, worked out once per forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmrecipes.models.alibi import alibi_bias
+from llmrecipes.models.cache import KVCache
+from llmrecipes.models.rotary import inverse_frequencies, rotary_table
+from llmrecipes.recipe.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """Positions and borders of the documents in a batch [B, T].
+
+    Attributes:
+        positions: place of each token in its document, [B, T], or [1, T] when every row is one document.
+        lengths: length of each document, row after row (they sum to B * T); None = one document per row.
+        cos, sin: rotary angles, [B|1, T, width / 2], fp32 (fp64 for fp64 models); None without rotary positions.
+        bias: ALiBi bias of the longest document, [heads, queries, keys]; None without ALiBi.
+        cu_seqlens: borders of the documents for the CUDA kernel, [documents + 1] int32; None elsewhere.
+        cache: keys and values of earlier tokens, or None.
+    """
+
+    positions: Tensor
+    lengths: list[int] | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    bias: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    cache: KVCache | None = None
+
+
+def _flat_lengths(document_lengths: list[list[int]] | None, rows: int, row_length: int) -> list[int] | None:
+    if document_lengths is None or all(len(row) == 1 for row in document_lengths):
+        return None
+    assert len(document_lengths) == rows, f"{len(document_lengths)} rows of document lengths for {rows} rows of tokens"
+    for row in document_lengths:
+        assert sum(row) == row_length, f"documents of {sum(row)} tokens in a row of {row_length}"
+    return [length for row in document_lengths for length in row if length]
+
+
+def make_context(
+    config: ModelConfig,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    document_lengths: list[list[int]] | None = None,
+    cache: KVCache | None = None,
+) -> SequenceContext:
+    """Work out the context of ``tokens`` [B, T]; angles and biases are computed in ``dtype`` (fp32 or fp64)."""
+    rows, row_length = tokens.shape
+    device = tokens.device
+    lengths = _flat_lengths(document_lengths, rows, row_length)
+    start = cache.length if cache is not None else 0
+    assert cache is None or lengths is None, "a cache holds one document per row"
+    positions = torch.arange(start, start + row_length, device=device)[None]
+    longest = start + row_length
+    if lengths is not None:
+        longest = max(lengths, default=0)
+        sizes = torch.tensor(lengths)
+        starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+        positions = (torch.arange(rows * row_length) - starts).view(rows, row_length).to(device, non_blocking=True)
+    cos = sin = bias = cu_seqlens = None
+    if config.positions == "rope":
+        inverse = inverse_frequencies(config.head_width, config.rope_theta, config.rope_scaling, dtype, device)
+        cos, sin = rotary_table(inverse, positions)
+    elif config.positions == "alibi":
+        bias = alibi_bias(config.num_heads, longest, start, dtype, device)
+    if lengths is not None and device.type == "cuda":
+        borders = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+        cu_seqlens = borders.to(device, non_blocking=True)
+    return SequenceContext(positions, lengths, cos, sin, bias, cu_seqlens, cache)

@@ -1,0 +1,125 @@
+"""The decoder: one class, of which Llama, Qwen, Mixtral, GPT-2 and BLOOM are configurations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrecipes.models.attention import Attention
+from llmrecipes.models.cache import KVCache
+from llmrecipes.models.context import SequenceContext, make_context
+from llmrecipes.models.layers import make_norm
+from llmrecipes.models.mlp import MLP
+from llmrecipes.models.moe import MoE, Routing
+from llmrecipes.recipe.model_config import ModelConfig
+
+
+class DecoderOutput(NamedTuple):
+    """The result of a forward pass.
+
+    Attributes:
+        hidden: features after the final norm, [B, T, dim]. Logits are ``hidden @ head_weight.T``: large, so never
+            computed unasked.
+        routing: statistics of each MoE layer, in order; empty for a dense model.
+    """
+
+    hidden: Tensor
+    routing: list[Routing]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward network, each on a normalised copy of the residual stream (pre-norm)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.dim)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config, config.dim)
+        self.mlp: MLP | MoE = MoE(config) if config.is_moe_layer(layer) else MLP(config)
+        self.dropout = config.dropout
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def forward(
+        self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Transform ``x`` [B, T, dim]; the second result is None for a dense layer."""
+        x = x + self._drop(self.attention(self.attention_norm(x), context))
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MoE):
+            update, routing = self.mlp(normed, token_mask)
+            return x + self._drop(update), routing
+        return x + self._drop(self.mlp(normed)), None
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer described by a ``ModelConfig``. It knows nothing of losses or of parallelism."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_norm = make_norm(config, config.dim) if config.embedding_norm else None
+        self.position_embed: nn.Embedding | None = None
+        if config.positions == "learned":
+            assert config.max_seq_len is not None
+            self.position_embed = nn.Embedding(config.max_seq_len, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = make_norm(config, config.dim)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """Rows of the output layer, [vocab, dim]: the embedding itself when tied."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, [..., vocab], for ``hidden`` [..., dim]."""
+        return F.linear(hidden, self.head_weight)
+
+    def _embed(self, tokens: Tensor, context: SequenceContext) -> Tensor:
+        x = self.embed(tokens)
+        if self.position_embed is not None:
+            longest = self.position_embed.num_embeddings
+            last = max(context.lengths) if context.lengths else context.positions.shape[1]
+            last += context.cache.length if context.cache is not None else 0
+            assert last <= longest, f"a document of {last} tokens, but positions are learned for {longest} only"
+            x = x + self.position_embed(context.positions)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        document_lengths: list[list[int]] | None = None,
+        token_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> DecoderOutput:
+        """Run the decoder.
+
+        Args:
+            tokens: ids, [B, T].
+            document_lengths: lengths of the documents packed into each row (each row sums to T). Documents do not see
+                each other and positions restart at each; None = one document per row.
+            token_mask: [B, T], True for real tokens; the others do not enter the routing statistics.
+            cache: keys and values of earlier tokens; extended in place.
+        """
+        dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
+        context = make_context(self.config, tokens, dtype, document_lengths, cache)
+        x = self._embed(tokens, context)
+        routings = []
+        for block in self.layers:
+            x, routing = block(x, context, token_mask)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return DecoderOutput(self.norm(x), routings)

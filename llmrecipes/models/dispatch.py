@@ -1,0 +1,146 @@
+"""Sends tokens to their experts and sums what comes back: dropless, and bitwise repeatable.
+
+Token-expert pairs are sorted by expert, each expert's rows are one block of a grouped matrix product, and a token's k
+results are gathered and added in the order in which its experts were chosen: no atomic addition anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmrecipes.models.activation import activate, activate_again, activation
+from llmrecipes.recipe.model_config import Activation
+
+
+class Plan(NamedTuple):
+    """Where each of the S = T * k token-expert pairs goes.
+
+    Attributes:
+        token: token of each sorted row, [S].
+        slot: sorted row of each pair (token-major), [S].
+        order: pair of each sorted row, [S]; the inverse of ``slot``.
+        ends: last row + 1 of each expert, [E] int32.
+    """
+
+    token: Tensor
+    slot: Tensor
+    order: Tensor
+    ends: Tensor
+
+
+def make_plan(experts: Tensor, num_experts: int) -> Plan:
+    """Sort the pairs of ``experts`` [T, k] by expert; a stable sort keeps tokens in order."""
+    flat = experts.reshape(-1)
+    order = flat.argsort(stable=True)
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(order.numel(), device=order.device)
+    ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
+    return Plan(order // experts.shape[1], slot, order, ends)
+
+
+def _combine(rows: Tensor, slot: Tensor, top_k: int) -> Tensor:
+    """Bring sorted ``rows`` [S, D] back to their tokens and add each token's k rows: [T, D]."""
+    picked = rows.index_select(0, slot).view(-1, top_k, rows.shape[-1])
+    if top_k == 2:
+        return picked[:, 0] + picked[:, 1]  # several times faster than a sum over so short a dimension
+    return picked.sum(1)
+
+
+def _combine_weighted(rows: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
+    """The same with ``weights`` [T, k] of each token's rows."""
+    picked = rows.index_select(0, slot).view(*weights.shape, rows.shape[-1])
+    scale = weights.to(rows.dtype).unsqueeze(-1)
+    if weights.shape[1] == 2:
+        return (picked[:, 0] * scale[:, 0]).addcmul_(picked[:, 1], scale[:, 1])
+    return picked.mul_(scale).sum(1)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """Both grouped products and the activation between them.
+
+    Saves the input, the first product, the routing weights and the indices; the rest is recomputed. With g the gradient
+    of the output and w the routing weight, everything follows from (w g): dW_down = (w g)^T h, dh = W_down^T (w g), and
+    dw = <dh, h> / w, so that no unweighted output [S, D] need be kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, plan: Plan, kind: Activation) -> Tensor:
+        gate_up = F.grouped_mm(x.index_select(0, plan.token), up.transpose(-2, -1), offs=plan.ends)
+        out = F.grouped_mm(activate(gate_up, kind), down.transpose(-2, -1), offs=plan.ends)
+        ctx.save_for_backward(x, gate_up, weights, up, down, *plan)
+        ctx.kind = kind
+        return _combine_weighted(out, weights, plan.slot)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, gate_up, weights, up, down, *indices = ctx.saved_tensors
+        plan = Plan(*indices)
+        top_k = weights.shape[1]
+        need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
+        # a weight of exactly zero still has a gradient: <dh, h> / w must not be 0 / 0
+        sorted_weights = weights.reshape(-1).clamp_min(1e-20).index_select(0, plan.order)[:, None]
+        weighted = grad.index_select(0, plan.token).mul_(sorted_weights.to(x.dtype))
+        grad_hidden = F.grouped_mm(weighted, down, offs=plan.ends)
+        hidden, grad_gate_up = activate_again(grad_hidden, gate_up, ctx.kind)
+        grad_weights = grad_down = grad_x = grad_up = None
+        if need_down:
+            grad_down = F.grouped_mm(weighted.t(), hidden, offs=plan.ends)
+        if need_weights:
+            sums = hidden.mul_(grad_hidden).sum(-1, dtype=weights.dtype) / sorted_weights[:, 0].to(x.dtype)
+            grad_weights = sums.index_select(0, plan.slot).view(-1, top_k)
+        del weighted, hidden, grad_hidden
+        if need_x:
+            grad_x = _combine(F.grouped_mm(grad_gate_up, up, offs=plan.ends), plan.slot, top_k)
+        if need_up:
+            grad_up = F.grouped_mm(grad_gate_up.t(), x.index_select(0, plan.token), offs=plan.ends)
+        return grad_x, grad_weights, grad_up, grad_down, None, None
+
+
+def loop_experts(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, plan: Plan, kind: Activation) -> Tensor:
+    """The same by one matrix product per expert and plain autograd: any type, any width, the reference of the tests."""
+    ends = plan.ends.tolist()
+    sizes = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
+    blocks = x.index_select(0, plan.token).split(sizes)
+    # unbind once: indexing the stack per expert would fill a stack-sized zero gradient per expert
+    outs = [
+        F.linear(activation(F.linear(block, w_up), kind), w_down)
+        for block, w_up, w_down in zip(blocks, up.unbind(0), down.unbind(0), strict=True)
+    ]
+    sorted_weights = weights.reshape(-1).index_select(0, plan.order).to(x.dtype)
+    return _combine(torch.cat(outs) * sorted_weights[:, None], plan.slot, weights.shape[1])
+
+
+def can_group(x: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether ``F.grouped_mm`` takes these operands: its types, and rows that are multiples of 16 bytes."""
+    if x.shape[0] == 0 or not hasattr(F, "grouped_mm"):
+        return False
+    allowed = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
+    multiple = 16 // x.element_size()
+    return x.dtype in allowed and all(size % multiple == 0 for size in (*up.shape[1:], *down.shape[1:]))
+
+
+@torch.compiler.disable  # the fake kernel of grouped_mm knows bf16 only; the blocks around it still compile
+def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: Tensor, kind: Activation) -> Tensor:
+    """Sum over a token's k experts of ``weight * down(activation(up(x)))``.
+
+    Args:
+        x: tokens, [T, D].
+        weights: routing weights, [T, k], fp32. experts: the chosen experts, [T, k].
+        up: [E, 2F, D] for SwiGLU (gate rows first), else [E, F, D]. down: [E, D, F].
+        kind: the activation.
+
+    Returns:
+        [T, D] in the type of the matrix products (autocast's, where it is on).
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)  # autocast does not know grouped_mm
+        x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
+    plan = make_plan(experts, up.shape[0])
+    if can_group(x, up, down):
+        return _GroupedExperts.apply(x, weights, up, down, plan, kind)
+    return loop_experts(x, weights, up, down, plan, kind)

@@ -1,0 +1,42 @@
+"""Initial weights that depend on the seed and the parameter's name only."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+from llmrecipes.models.decoder import Decoder
+
+RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight", "experts.down_proj")
+
+
+def _std(name: str, tensor: Tensor, std: float, num_layers: int) -> float | None:
+    """Standard deviation for a matrix; None for a vector (norm weights are one, biases zero)."""
+    if tensor.ndim < 2:
+        return None
+    return std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, seed: int) -> None:
+    """Fill every parameter in place, the same for any number of processes and any order of construction.
+
+    Matrices are N(0, init_std); the maps that write into the residual stream are divided by sqrt(2 num_layers) (GPT-2).
+    Norm weights are one, biases and the router's balancing bias zero. Each parameter has its own generator, seeded by
+    crc32(name) ^ seed, and is drawn in fp32 whatever its type.
+    """
+    config = model.config
+    for name, parameter in model.named_parameters():
+        std = _std(name, parameter, config.init_std, config.num_layers)
+        if std is None:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
+        drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        parameter.copy_(drawn)
+    for name, buffer in model.named_buffers():
+        assert name.endswith("gate.bias"), f"no initial value is known for {name}"
+        buffer.zero_()

@@ -1,0 +1,27 @@
+"""The dense feed-forward network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llmrecipes.models.activation import activation
+from llmrecipes.recipe.model_config import ModelConfig
+
+
+class MLP(nn.Module):
+    """``down(activation(up(x)))``; for SwiGLU gate and up are one projection ``gate_up`` (rows: gate, then up)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.ffn_dim is not None
+        self.kind = config.activation
+        if config.activation == "swiglu":
+            self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
+        else:
+            self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., dim] to [..., dim]."""
+        projection = self.gate_up if self.kind == "swiglu" else self.up
+        return self.down(activation(projection(x), self.kind))

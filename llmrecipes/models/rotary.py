@@ -1,0 +1,73 @@
+"""Rotary positions (2104.09864), in the rotate-half layout of Hugging Face, with Llama-3.1's frequency scaling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipes.recipe.model_config import RopeScaling
+
+
+def inverse_frequencies(
+    width: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Angle per position of each pair of features: ``theta ** (-2 i / width)``, [width / 2].
+
+    Computed where it is used and never held by a module, so that ``.bfloat16()`` cannot round it.
+    With ``scaling``, wavelengths longer than ``original_max_seq_len / low_freq_factor`` are stretched by ``factor``,
+    those shorter than ``original_max_seq_len / high_freq_factor`` stay, and those between are blended (Llama 3.1).
+    """
+    exponent = torch.arange(0, width, 2, dtype=torch.int64, device=device).to(dtype) / width
+    inverse = 1.0 / (theta**exponent)
+    if scaling is None:
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth = (scaling.original_max_seq_len / wavelength - scaling.low_freq_factor) / span
+    blended = (1 - smooth) * inverse / scaling.factor + smooth * inverse
+    stretched = torch.where(
+        wavelength > scaling.original_max_seq_len / scaling.low_freq_factor, inverse / scaling.factor, inverse
+    )
+    between = (smooth >= 0) & (smooth <= 1)
+    return torch.where(between, blended, stretched)
+
+
+def rotary_table(inverse: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle, each [*positions.shape, width / 2], in the type of ``inverse``."""
+    angles = positions.to(inverse.dtype).unsqueeze(-1) * inverse
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation is orthogonal: its backward is the rotation by the opposite angle, so only the angles are saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1.0), None, None
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + width / 2) of ``x`` [B, T, heads, width]; ``cos``, ``sin`` are [B|1, T, width / 2]."""
+    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
+    if torch.compiler.is_compiling():
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return _Rotation.apply(x, cos, sin)

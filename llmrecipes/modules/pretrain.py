@@ -1,0 +1,123 @@
+"""Pretraining: next-token cross-entropy of a dense or mixture-of-experts decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrecipes.data.batch import Batch
+from llmrecipes.errors import UserError
+from llmrecipes.losses import balance_sum, bias_update, linear_cross_entropy
+from llmrecipes.models import Decoder, DecoderOutput, ModelConfig, Routing, init_weights
+from llmrecipes.models.moe import MoE
+from llmrecipes.modules.base import StepModule
+from llmrecipes.modules.loss_terms import LossTerm
+from llmrecipes.modules.routing_stats import StepRouting
+from llmrecipes.modules.step_record import StepRecord
+from llmrecipes.optim import AdamW, Schedule
+
+
+class PretrainModule(StepModule):
+    """Trains a decoder on packed token shards.
+
+    Args:
+        config: the decoder's sizes.
+        optimizer: how parameters are updated.
+        schedule: the learning rate over the run.
+        clip_norm: largest global gradient norm; ``null`` measures without clipping.
+        expected_params: refuse to start when the model has another number of parameters; a forgotten size is a lost
+            month.
+        loss_chunk: rows of the logits that exist at a time.
+        seed: of the initial weights; linked to the recipe's ``seed``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizer: AdamW,
+        schedule: Schedule,
+        clip_norm: float | None = 1.0,
+        expected_params: int | None = None,
+        loss_chunk: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, schedule, clip_norm)
+        self.config = config
+        self.loss_chunk = loss_chunk
+        self.seed = seed
+        if expected_params is not None and config.num_params != expected_params:
+            raise UserError(f"the model has {config.num_params:,} parameters, expected_params says {expected_params:,}")
+        self._routing: StepRouting | None = None
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        self.model = Decoder(self.config)
+        init_weights(self.model, self.seed)
+
+    def _forward(self, batch: Batch) -> DecoderOutput:
+        return self.model(batch.tokens, document_lengths=batch.document_lengths, token_mask=batch.token_mask)
+
+    def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
+        output = self._forward(batch)
+        loss, _ = linear_cross_entropy(
+            output.hidden.flatten(0, 1), self.model.head_weight, batch.labels.flatten(), self.loss_chunk
+        )
+        terms = {"loss": LossTerm(loss, "targets")}
+        if output.routing and self.training:
+            terms |= self._router_terms(output.routing)
+        return terms
+
+    def _router_terms(self, routing: list[Routing]) -> dict[str, LossTerm]:
+        """Balance loss with f of the whole step, z-loss; both means over layers and real tokens."""
+        moe, step = self.config.moe, self._routing
+        assert moe is not None and step is not None
+        step.add(routing)
+        balance = torch.stack(
+            [
+                balance_sum(r.prob_sum, step.counts_for_loss[i], step.tokens_for_loss, moe.top_k)
+                for i, r in enumerate(routing)
+            ]
+        ).mean()
+        z = torch.stack([r.z_sum for r in routing]).mean()
+        weight = moe.balance_coef if moe.balance == "loss" else 0.0
+        return {"aux_loss": LossTerm(balance, "tokens", weight), "z_loss": LossTerm(z, "tokens", moe.z_loss_coef)}
+
+    def before_micro_batches(self, micro_batches: list[Batch], counts: dict[str, int]) -> None:
+        moe = self.config.moe
+        if moe is None:
+            return
+        self._routing = StepRouting(counts["tokens"])
+        if moe.balance == "loss" and moe.balance_counts == "step" and len(micro_batches) > 1:
+            self._routing.known = self._count_whole_step(micro_batches)
+
+    @torch.no_grad()
+    def _count_whole_step(self, micro_batches: list[Batch]) -> Tensor:
+        """Tokens per expert of the whole step, [layers, E], by one more forward with the dropout of the one to come."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            outputs = [self._forward(b).routing for b in micro_batches]
+        counts = torch.stack([torch.stack([r.counts for r in routing]) for routing in outputs]).sum(0)
+        # Weights that autocast cast here were cast without a graph and must not be found by the forward that needs one.
+        torch.clear_autocast_cache()
+        return counts
+
+    def after_step(self, record: StepRecord) -> None:
+        moe = self.config.moe
+        if moe is None:
+            return
+        assert self._routing is not None
+        if moe.balance == "bias":
+            self._move_routing_bias(bias_update(self._routing.counts, moe.bias_rate))
+        record.extra |= self._routing.figures(moe.top_k)
+
+    @torch.no_grad()
+    def _move_routing_bias(self, change: Tensor) -> None:
+        """Once per step, so that neither micro-batches nor recomputation count twice. ``change`` [MoE layers, E]."""
+        routers = [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
+        for router, delta in zip(routers, change, strict=True):
+            router.bias.add_(delta)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        raise UserError("Lightning's own checkpoints are not written here: llmrecipes.checkpoint.Checkpoints does it")

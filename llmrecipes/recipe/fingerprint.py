@@ -1,0 +1,71 @@
+"""What determines the trajectory of a run, as one hash; and the difference of two recipes, key by key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+# Of the Trainer, only these change what is computed; devices and strategies change who computes it.
+_TRAINER_KEYS = ("max_steps", "precision")
+_IGNORED = {
+    ("model", "init_args", "expected_params"),
+    ("model", "init_args", "loss_chunk"),
+    ("data", "init_args", "micro_batch"),
+    ("data", "init_args", "valid"),
+    ("data", "init_args", "valid_batches"),
+}
+
+
+def fingerprint(data: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the canonical JSON of what determines the trajectory.
+
+    In it: seed, model, training data, run length, precision. Not in it: where the run is written, what is logged, and
+    how the work is divided (micro-batch, devices), which changes results by rounding only. Key order and ``1`` or
+    ``1.0`` make no difference.
+    """
+    trainer = data.get("trainer")
+    kept: dict[str, Any] = {key: data.get(key) for key in ("seed", "model", "data")}
+    kept["trainer"] = {key: trainer.get(key) for key in _TRAINER_KEYS} if isinstance(trainer, dict) else trainer
+    flat = {
+        ".".join(path): value
+        for path, value in _flatten(kept, ())
+        if not any(path[: len(ignored)] == ignored for ignored in _IGNORED)
+    }
+    text = json.dumps(flat, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def diff(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """``key: old -> new`` for every dotted key that differs, sorted; ``(absent)`` where one side has none."""
+    old, new = ({".".join(path): value for path, value in _flatten(side, ())} for side in (a, b))
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = (_show(side[key]) if key in side else "(absent)" for side in (old, new))
+        if before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+def _flatten(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Leaves with their paths; lists and empty mappings are leaves."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, (*path, str(key)))
+    else:
+        yield path, _canonical(value)
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    return value
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value

@@ -1,0 +1,158 @@
+"""``llmrecipes fit`` and ``validate``: check, build, resume, run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmrecipes.callbacks import GracefulStop
+from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
+from llmrecipes.checkpoint import Checkpoints, newest_whole, read_info, read_tensors
+from llmrecipes.errors import UserError
+from llmrecipes.recipe import Duration
+from llmrecipes.run.environment import record_launch
+from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done
+from llmrecipes.run.log import start_log
+from llmrecipes.run.recipe_cli import RecipeCLI
+
+log = logging.getLogger("llmrecipes")
+
+# Settings that may differ between launches of one run: they change how it is computed or watched, not what is computed.
+FREE_DATA_KEYS = ("micro_batch", "tokenizer", "valid", "valid_batches", "train", "vocab_size")
+
+
+def run(subcommand: str, args: list[str]) -> int:
+    """Run a subcommand of LightningCLI.
+
+    Returns:
+        The exit code: 0 done, 75 stopped on request and resumable.
+
+    Raises:
+        UserError: for everything the user can mend.
+        TrainingStopped: training cannot go on.
+    """
+    quiet_lightning()
+    start_log()
+    cli = RecipeCLI(subcommand, args)
+    return {"fit": fit, "validate": validate}[subcommand](cli, cli.folder)
+
+
+def fit(cli: RecipeCLI, folder: Path) -> int:
+    """Train, from scratch or from the newest whole checkpoint of the run folder."""
+    owner = lock(folder)
+    start_log(folder)
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    cli.model.trajectory = trajectory(cli)
+    resume = decide_resume(folder, cli.settings["resume"], cli.model.trajectory)
+    record_launch(folder, cli.resolved_recipe)
+    if resume is not None:
+        cli.callback(Checkpoints).resume_from = resume.path
+        cli.datamodule.start_step = resume.step
+    elif (metrics := folder / "metrics.jsonl").exists():
+        metrics.unlink()
+    end = _apply_cool_down(cli, resume)
+    if resume is not None and resume.step >= end:
+        log.info(f"nothing to do: {resume.step} of {end} steps are done")
+        return 0
+    for line in describe(cli):
+        log.info(line)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    owner.close()
+    if cli.callback(GracefulStop).stopped:
+        return EXIT_RESUMABLE
+    mark_done(folder, cli.trainer.global_step)
+    log.info(f"done: {cli.trainer.global_step} steps; run folder {folder}")
+    return 0
+
+
+def validate(cli: RecipeCLI, folder: Path) -> int:
+    """Validation loss of the run's newest whole checkpoint."""
+    path, broken = newest_whole(folder / "checkpoints")
+    for sentence in broken:
+        log.warning(sentence)
+    if path is None:
+        raise UserError(f"{folder}/checkpoints: no whole checkpoint to validate; train first with llmrecipes fit")
+    cli.model.configure_model()
+    cli.model.model.load_state_dict(read_tensors(path, "model"), strict=True)
+    log.info(f"validating {path} ({read_info(path)['step']} steps)")
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    return 0
+
+
+def trajectory(cli: RecipeCLI) -> dict[str, Any]:
+    """The settings that decide what is computed: equal ones give equal losses; a resumed run must not change them."""
+    recipe = yaml.safe_load(cli.resolved_recipe)
+    model = recipe["model"]["init_args"]
+    data = {k: v for k, v in recipe["data"]["init_args"].items() if k not in FREE_DATA_KEYS}
+    return {
+        "seed": recipe["seed"],
+        "model": {k: v for k, v in model.items() if k not in ("expected_params", "loss_chunk", "seed")},
+        "data": data | {"shards": cli.datamodule.fingerprint()},
+        "precision": recipe["trainer"]["precision"],
+        # With decay: null the schedule ends with the run: another length is then another schedule.
+        "decay_steps": cli.model.schedule.decay_steps(_run_length(cli)),
+    }
+
+
+def _run_length(cli: RecipeCLI) -> Any:
+    from llmrecipes.optim import RunLength
+
+    return RunLength(cli.trainer.max_steps, cli.datamodule.tokens_per_step)
+
+
+def _apply_cool_down(cli: RecipeCLI, resume: Resume | None) -> int:
+    """Start the cool-down asked for now, or go on with the recorded one; returns the last step of the run."""
+    asked = cli.settings["cool_down"]
+    recorded = resume.progress["cool_down"] if resume else None
+    if recorded:
+        start, duration = recorded[0], Duration.parse(recorded[1])
+        if asked is not None:
+            log.info(f"the cool-down begun at step {start} over {duration} goes on; --cool_down is not applied again")
+    elif asked is None:
+        return cli.trainer.max_steps
+    elif resume is None:
+        raise UserError("--cool_down ends a run that has begun: there is no checkpoint to start it from")
+    else:
+        start, duration = resume.step, asked
+    end = start + duration.to_steps(cli.datamodule.tokens_per_step)
+    log.info(f"cooling down from step {start} to the end at step {end}")
+    cli.model.start_cool_down = (start, duration)
+    return end
+
+
+def describe(cli: RecipeCLI) -> list[str]:
+    """What is about to run, in the log's first lines."""
+    config, data, trainer = cli.model.config, cli.datamodule, cli.trainer
+    sizes = f"model {config.num_params:,} parameters"
+    if config.moe:
+        sizes += f", {config.active_params:,} active ({config.moe.num_experts} experts, top {config.moe.top_k})"
+    accumulation = data.global_batch // data.micro_batch
+    lines = [
+        f"run folder {trainer.default_root_dir}",
+        f"{sizes}; {trainer.precision} on {trainer.world_size} x {cli.trainer.strategy.root_device.type}",
+        f"step: {data.global_batch} sequences x {data.seq_len} = {data.tokens_per_step:,} tokens, "
+        f"{accumulation} micro-batches; "
+        f"{trainer.max_steps} steps = {trainer.max_steps * data.tokens_per_step:,} tokens",
+    ]
+    return lines + data.describe()
+
+
+def quiet_lightning() -> None:
+    """Lightning's tips and its advice on data loaders say nothing about this project's loop."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`training_step` returned.*",
+        ".*The `srun` command.*",
+        ".*log_every_n_steps.*",
+        ".*LightningCLI's args parameter.*",  # the words are the same that were typed, minus the program
+        ".*treespec, LeafSpec.*",
+        r"\s*``instantiate_classes`` was deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)

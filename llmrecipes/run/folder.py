@@ -1,0 +1,115 @@
+"""The run folder: who owns it, what it remembers, where to go on from."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from llmrecipes.callbacks.metrics_file import rewind_metrics
+from llmrecipes.checkpoint import checkpoints, newest_whole, read_info
+from llmrecipes.errors import UserError
+from llmrecipes.recipe import diff
+
+log = logging.getLogger("llmrecipes")
+
+
+@dataclass
+class Resume:
+    """Where a run goes on from: a verified checkpoint, its step, and what it recorded."""
+
+    path: Path
+    step: int
+    progress: dict[str, Any]
+
+
+def lock(folder: Path) -> IO[str]:
+    """Own the folder until the process ends, however it ends.
+
+    Raises:
+        UserError: another live process trains here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(
+            f"{folder} belongs to process {file.read().strip() or '?'}, which trains there; "
+            "stop it, or give this run another name"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def decide_resume(folder: Path, resume: str, trajectory: dict[str, Any]) -> Resume | None:
+    """Which checkpoint to go on from; says so in the log.
+
+    Args:
+        folder: ``RUN_ROOT/<recipe name>``.
+        resume: ``auto``, ``never`` (an earlier run's files step aside) or ``required``.
+        trajectory: what determines the run; must equal the checkpoint's.
+
+    Raises:
+        UserError: nothing to resume though required, nothing whole to resume from, or another recipe's checkpoint.
+    """
+    root = folder / "checkpoints"
+    if resume == "never":
+        _step_aside(folder)
+        log.info(f"starting fresh in {folder} (resume: never)")
+        return None
+    path, broken = newest_whole(root)
+    for sentence in broken:
+        log.warning(sentence)
+    if path is None:
+        if checkpoints(root):
+            raise UserError(
+                f"{root}: no checkpoint is whole; start again with --resume never (the old files are kept aside)"
+            )
+        if resume == "required":
+            raise UserError(f"{root}: nothing to resume from (resume: required); the first launch needs --resume auto")
+        log.info(f"starting fresh in {folder}: no checkpoint there")
+        return None
+    info = read_info(path)
+    _refuse_other_recipe(path, info["progress"]["trajectory"], trajectory)
+    rewind_metrics(folder / "metrics.jsonl", info["step"], path / "metrics.jsonl")
+    log.info(f"resuming from {path}: {info['step']} steps, {info['progress']['consumed_tokens']:,} tokens done")
+    return Resume(path, info["step"], info["progress"])
+
+
+def _refuse_other_recipe(path: Path, saved: dict[str, Any] | None, present: dict[str, Any]) -> None:
+    changes = diff(saved or {}, present)
+    if changes:
+        raise UserError(
+            f"{path} was trained with another recipe (checkpoint -> now):",
+            *(f"  {change}" for change in changes),
+            "  restore these values to go on, give this run another name, or start again with --resume never",
+        )
+
+
+def _step_aside(folder: Path) -> None:
+    """Rename what an earlier run left, so that nothing is lost and nothing is mixed up."""
+    mine = [
+        folder / name
+        for name in ("checkpoints", "metrics.jsonl", "samples", "loss.png", "DONE")
+        if (folder / name).exists()
+    ]
+    if mine:
+        aside = folder / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.mkdir()
+        for path in mine:
+            path.rename(aside / path.name)
+        log.info(f"moved the earlier run's files to {aside}")
+
+
+def mark_done(folder: Path, step: int) -> None:
+    """The run is finished: a chain of jobs may end."""
+    (folder / "DONE").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")

@@ -1,0 +1,150 @@
+"""LightningCLI with our Trainer defaults, our sections of a recipe, and short errors."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+from jsonargparse.typing import register_type
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, Samples
+from llmrecipes.checkpoint import Checkpoints
+from llmrecipes.data import PackedShards
+from llmrecipes.errors import UserError
+from llmrecipes.modules import StepModule
+from llmrecipes.recipe import Duration
+
+register_type(Duration, str, Duration.parse)
+
+SUBCOMMANDS = ("fit", "validate")
+
+# Where Lightning's defaults are wrong for pretraining: epochs, its own checkpoints, samplers, a summary of every layer.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "accelerator": "auto",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+class RecipeParser(LightningArgumentParser):
+    """No abbreviations, and one short message instead of pages of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if not self.exit_on_error:
+            return super().error(message, ex)
+        noise = (
+            r"(?m)^\s*(Does not validate against any.*|Subtypes: .*|Errors:|"
+            r"- Expected a <class 'NoneType'>|Given value.*)\n?"
+        )
+        raise UserError(re.sub(noise, "", str(message) + "\n").strip())
+
+
+class RecipeCLI(LightningCLI):
+    """Parses a recipe and builds module, data and trainer; :mod:`llmrecipes.run.fit` runs them.
+
+    Args:
+        subcommand: ``fit`` or ``validate``; only its parser is built.
+        args: the words after it. ``sys.argv`` is parsed itself when it holds the same: Lightning's launcher replays it.
+    """
+
+    def __init__(self, subcommand: str, args: list[str]) -> None:
+        self._only = subcommand
+        words = [subcommand, *args]
+        super().__init__(
+            model_class=StepModule,
+            datamodule_class=PackedShards,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=RecipeParser,
+            args=None if sys.argv[1:] == words else words,
+        )
+
+    def subcommands(self: Any = None) -> dict[str, set[str]]:  # type: ignore[override]
+        skip = {
+            "model",
+            "train_dataloaders",
+            "val_dataloaders",
+            "dataloaders",
+            "datamodule",
+            "ckpt_path",
+            "weights_only",
+            "verbose",
+        }
+        names = SUBCOMMANDS if self is None else (self._only,)
+        return dict.fromkeys(names, skip)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, default=None, help="of the run folder; null = the recipe file's")
+        parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of dropout")
+        parser.add_argument("--run_root", type=str, default="runs", help="where run folders are")
+        parser.add_argument(
+            "--resume", type=Literal["auto", "never", "required"], default="auto", help="go on from the run folder"
+        )
+        parser.add_argument(
+            "--cool_down",
+            type=Duration | None,
+            default=None,
+            help="end the run now: let the rate fall over this length",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed", "model.init_args.seed")
+        parser.link_arguments("model.init_args.config.vocab_size", "data.init_args.vocab_size")
+        parser.add_lightning_class_args(Logging, "logging")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Samples, "samples")
+
+    def _set_seed(self) -> None:
+        L.seed_everything(self.settings["seed"], verbose=False)
+
+    def _parse_ckpt_path(self) -> None:
+        """Hyper-parameters stored in a checkpoint never override a recipe."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Building and running are two things: llmrecipes.run.fit does the second."""
+
+    @property
+    def settings(self) -> Any:
+        """The parsed recipe."""
+        return self.config[self._only]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, ``RUN_ROOT/<recipe name>``."""
+        name = self.settings["name"] or Path(str(self.settings["config"][0])).stem
+        return Path(self.settings["run_root"]) / name
+
+    @property
+    def resolved_recipe(self) -> str:
+        """The recipe with every default and override, as YAML that ``fit --config`` takes."""
+        return self._parser(self._only).dump(self.settings, skip_unset=False, skip_link_targets=True)
+
+    def callback(self, kind: type) -> Any:
+        """The one callback of this class that the recipe configured."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next(c for c in callbacks if isinstance(c, kind))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer: Any = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        saver = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
+        trainer.callbacks += [GracefulStop(saver.save), LossCurve()]
+        return trainer

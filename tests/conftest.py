@@ -1,0 +1,102 @@
+"""Small shards and recipes that every test may use. One thread: the machine is shared, and results must not vary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+VOCAB = 64
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> dict[str, Path]:
+    """Two little sources of 64 ids with a pattern to learn, EOS 2."""
+    from llmrecipes.data import ShardWriter
+
+    folder = tmp_path_factory.mktemp("shards")
+    generator = np.random.default_rng(0)
+    prefixes = {}
+    for name, stride in (("a", 3), ("b", 5)):
+        with ShardWriter(folder / name, VOCAB, eos_id=2, tokenizer_sha256="0" * 64) as writer:
+            for _ in range(120):
+                start, length = generator.integers(0, 60), generator.integers(8, 90)
+                body = 4 + (start + stride * np.arange(length)) % 60
+                writer.add(np.append(body, 2))
+        prefixes[name] = folder / name
+    return prefixes
+
+
+MOE = {"num_experts": 4, "ffn_dim": 16, "balance": "loss", "z_loss_coef": 0.001}
+
+
+@pytest.fixture
+def recipe(shards):
+    """A complete little recipe as a dict; ``recipe(moe=True, steps=12)``."""
+
+    def make(moe: bool = False, steps: int = 12, **data) -> dict:
+        config = {"vocab_size": VOCAB, "dim": 32, "num_layers": 2, "num_heads": 2, "dropout": 0.1, "ffn_dim": 48}
+        if moe:
+            config |= {"moe": dict(MOE), "ffn_dim": None}
+        return {
+            "name": "moe" if moe else "dense",
+            "seed": 7,
+            "model": {
+                "class_path": "llmrecipes.modules.PretrainModule",
+                "init_args": {
+                    "config": config,
+                    "optimizer": {"class_path": "llmrecipes.optim.AdamW", "init_args": {"lr": 0.003}},
+                    "schedule": {"class_path": "llmrecipes.optim.WarmupCosine", "init_args": {"warmup": "3 steps"}},
+                },
+            },
+            "data": {
+                "class_path": "llmrecipes.data.PackedShards",
+                "init_args": {
+                    "train": {str(shards["a"]): 1.0, str(shards["b"]): 2.0},
+                    "seq_len": 32,
+                    "micro_batch": 2,
+                    "global_batch": 4,
+                    "split": "80,10,10",
+                    "valid_batches": 2,
+                }
+                | data,
+            },
+            "trainer": {"max_steps": steps, "accelerator": "cpu", "val_check_interval": 4},
+            "checkpoint": {"every": "3 steps", "keep_last": 2},
+            "logging": {"every": 1},
+        }
+
+    return make
+
+
+def write_recipe(folder: Path, recipe: dict, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def llmrecipes(*words: object, cwd: Path, check: int | None = 0, **options) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, in a process of its own."""
+    command = [sys.executable, "-m", "llmrecipes", *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+    if check is not None:
+        assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+MEASURED = ("tokens_per_second", "memory_gib", "mfu")
+
+
+def trajectory(folder: Path) -> list[dict]:
+    """The records of a run without what a clock measured: equal for equal runs, to the last bit."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+from conftest import GOOD
+
+from llmrecipes.recipe import diff, fingerprint
+
+
+def _data() -> dict:
+    return yaml.safe_load(GOOD)
+
+
+def _changed(path: str, value: object) -> dict:
+    data = _data()
+    holder = data
+    *parents, last = path.split("/")
+    for key in parents:
+        holder = holder[key]
+    holder[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", 43),
+        ("trainer/max_steps", 1),
+        ("trainer/precision", "32-true"),
+        ("model/init_args/config/dim", 64),
+        ("model/init_args/optimizer/init_args/betas", [0.9, 0.99]),
+        ("model/init_args/schedule/init_args/floor", 0.1),
+        ("data/init_args/train", {"data/ja": 1.0}),
+        ("data/init_args/global_batch", 8),
+    ],
+)
+def test_what_changes_the_trajectory_changes_the_fingerprint(path, value):
+    assert fingerprint(_changed(path, value)) != fingerprint(_data())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", "x"),
+        ("run_root", "x"),
+        ("resume", "never"),
+        ("logging", {"every": 1}),
+        ("checkpoint/every", "1 steps"),
+        ("trainer/devices", 8),
+        ("data/init_args/micro_batch", 4),
+        ("data/init_args/valid", {"ja": "data/ja"}),
+        ("model/init_args/expected_params", None),
+        ("seed", 42.0),
+    ],
+)
+def test_what_does_not_leaves_it(path, value):
+    assert fingerprint(_changed(path, value)) == fingerprint(_data())
+
+
+def test_order_of_keys_does_not_matter():
+    data = _data()
+    assert fingerprint(dict(reversed(data.items()))) == fingerprint(data)
+    assert len(fingerprint({})) == 64
+
+
+def test_diff_names_each_key():
+    old, new = _data(), _data()
+    new["seed"] = 7
+    new["data"]["init_args"]["train"] = {"data/ja": 1.0}
+    new["data"]["init_args"]["seed"] = None
+    assert diff(old, copy.deepcopy(old)) == []
+    assert diff(old, new) == [
+        "data.init_args.seed: (absent) -> null",
+        "data.init_args.train.data/en: 0.5 -> (absent)",
+        "data.init_args.train.data/ja: 0.5 -> 1",
+        "seed: 42 -> 7",
+    ]
