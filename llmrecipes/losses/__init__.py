@@ -3,11 +3,9 @@
 from llmrecipes.losses.balance import (
     balance_loss,
     balance_sum,
-    balance_term,
     bias_update,
     load_entropy,
     max_violation,
-    z_loss_term,
 )
 from llmrecipes.losses.cross_entropy import IGNORE, linear_cross_entropy
 
@@ -15,10 +13,8 @@ __all__ = [
     "IGNORE",
     "balance_loss",
     "balance_sum",
-    "balance_term",
     "bias_update",
     "linear_cross_entropy",
     "load_entropy",
     "max_violation",
-    "z_loss_term",
 ]

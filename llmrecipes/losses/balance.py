@@ -15,43 +15,26 @@ from torch import Tensor
 def balance_sum(prob_sum: Tensor, counts: Tensor, num_tokens: Tensor | int, top_k: int) -> Tensor:
     """A layer's balance loss as a sum over some of a step's tokens; divided by the step's real tokens it is the loss.
 
-    ``E * sum_e f_e sum_t p_te`` with ``f = counts / (k * num_tokens)`` over the whole step (no gradient): the sums of all
-    micro-batches and ranks add up to the step's, and so do their gradients.
+    ``E * sum_e f_e sum_t p_te`` with ``f = counts / (k * num_tokens)`` over the whole step (no gradient): the sums of
+    all micro-batches and ranks add up to the step's, and so do their gradients.
 
     Args:
         prob_sum: probabilities summed over these tokens, [E].
         counts: token-expert pairs of the whole step, [E]. num_tokens: the real tokens they were counted over.
         top_k: experts per token.
     """
-    tokens = torch.as_tensor(num_tokens, device=prob_sum.device).to(prob_sum.dtype).clamp_min(1)
+    tokens = _tokens(num_tokens, prob_sum)
     load = counts.to(prob_sum.dtype) / (top_k * tokens)
     return len(counts) * (load.detach() * prob_sum).sum()
 
 
-def balance_term(prob_sum: Tensor, counts: Tensor, num_tokens: Tensor | int, top_k: int) -> Tensor:
-    """The part of a layer's balance loss that comes from some of a step's tokens.
-
-    ``E * sum_e f_e P_e`` with ``f = counts / (k * num_tokens)`` over the whole step (no gradient) and ``P = prob_sum /
-    num_tokens``; the terms of all micro-batches and ranks add up to the loss of the step, and so do their gradients.
-
-    Args:
-        prob_sum: probabilities summed over these tokens, [E].
-        counts: token-expert pairs of the whole step, [E]. num_tokens: real tokens of the whole step.
-        top_k: experts per token.
-    """
-    tokens = torch.as_tensor(num_tokens, device=prob_sum.device).to(prob_sum.dtype).clamp_min(1)
-    load = counts.to(prob_sum.dtype) / (top_k * tokens)
-    return len(counts) * (load.detach() * prob_sum).sum() / tokens
-
-
 def balance_loss(prob_sum: Tensor, counts: Tensor, num_tokens: Tensor | int, top_k: int) -> Tensor:
     """A layer's balance loss over all tokens at once (2101.03961): 1.0 at balance, E / k when all share k experts."""
-    return balance_term(prob_sum, counts, num_tokens, top_k)
+    return balance_sum(prob_sum, counts, num_tokens, top_k) / _tokens(num_tokens, prob_sum)
 
 
-def z_loss_term(z_sum: Tensor, num_tokens: Tensor | int) -> Tensor:
-    """The part of mean(logsumexp(router logits)^2) (2202.08906) from some of the step's ``num_tokens`` tokens."""
-    return z_sum / torch.as_tensor(num_tokens, device=z_sum.device).to(z_sum.dtype).clamp_min(1)
+def _tokens(num_tokens: Tensor | int, like: Tensor) -> Tensor:
+    return torch.as_tensor(num_tokens, device=like.device).to(like.dtype).clamp_min(1)
 
 
 def max_violation(counts: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ class Plan(NamedTuple):
     """Where each of the S = T * k token-expert pairs goes.
 
     Attributes:
-        token: token of each sorted row, [S].
+        token: token of each of the R >= S sorted rows, [R]; T for rows that only pad an expert's block.
         slot: sorted row of each pair (token-major), [S].
-        order: pair of each sorted row, [S]; the inverse of ``slot``.
-        ends: last row + 1 of each expert, [E] int32.
+        order: pair of each sorted row, [R]; S for padding.
+        ends: last row + 1 of each expert's block, [E] int32.
     """
 
     token: Tensor
@@ -32,14 +32,34 @@ class Plan(NamedTuple):
     ends: Tensor
 
 
-def make_plan(experts: Tensor, num_experts: int) -> Plan:
-    """Sort the pairs of ``experts`` [T, k] by expert; a stable sort keeps tokens in order."""
+def make_plan(experts: Tensor, num_experts: int, multiple: int = 1) -> Plan:
+    """Sort the pairs of ``experts`` [T, k] by expert; a stable sort keeps tokens in order.
+
+    ``multiple`` > 1 pads each expert's block to that many rows (and waits for the device to know how many).
+    """
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
     slot = torch.empty_like(order)
-    slot[order] = torch.arange(order.numel(), device=order.device)
-    ends = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
-    return Plan(order // experts.shape[1], slot, order, ends)
+    counts = torch.bincount(flat, minlength=num_experts)
+    rows = torch.arange(order.numel(), device=order.device)
+    if multiple == 1:
+        slot[order] = rows
+        return Plan(order // experts.shape[1], slot, order, counts.cumsum(0).to(torch.int32))
+    blocks = (counts + multiple - 1) // multiple * multiple
+    ends = blocks.cumsum(0)
+    shift = (ends - blocks) - (counts.cumsum(0) - counts)  # how far padding moves each expert's rows
+    placed = rows + shift.index_select(0, flat.index_select(0, order))
+    slot[order] = placed
+    padded = torch.full((int(ends[-1]),), order.numel(), dtype=order.dtype, device=order.device)
+    padded[placed] = order
+    return Plan(padded // experts.shape[1], slot, padded, ends.to(torch.int32))
+
+
+def _gather(x: Tensor, rows: Tensor, padded: bool) -> Tensor:
+    """Rows of ``x``; the index one past the end is a row of zeros."""
+    if padded:
+        x = F.pad(x, (0, 0, 0, 1) if x.ndim == 2 else (0, 1))
+    return x.index_select(0, rows)
 
 
 def _combine(rows: Tensor, slot: Tensor, top_k: int) -> Tensor:
@@ -69,10 +89,11 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, plan: Plan, kind: Activation) -> Tensor:
-        gate_up = F.grouped_mm(x.index_select(0, plan.token), up.transpose(-2, -1), offs=plan.ends)
+        padded = plan.token.numel() > plan.slot.numel()
+        gate_up = F.grouped_mm(_gather(x, plan.token, padded), up.transpose(-2, -1), offs=plan.ends)
         out = F.grouped_mm(activate(gate_up, kind), down.transpose(-2, -1), offs=plan.ends)
         ctx.save_for_backward(x, gate_up, weights, up, down, *plan)
-        ctx.kind = kind
+        ctx.kind, ctx.padded = kind, padded
         return _combine_weighted(out, weights, plan.slot)
 
     @staticmethod
@@ -82,8 +103,8 @@ class _GroupedExperts(torch.autograd.Function):
         top_k = weights.shape[1]
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
         # a weight of exactly zero still has a gradient: <dh, h> / w must not be 0 / 0
-        sorted_weights = weights.reshape(-1).clamp_min(1e-20).index_select(0, plan.order)[:, None]
-        weighted = grad.index_select(0, plan.token).mul_(sorted_weights.to(x.dtype))
+        sorted_weights = _gather(weights.reshape(-1), plan.order, ctx.padded).clamp_min(1e-20)[:, None]
+        weighted = _gather(grad, plan.token, ctx.padded).mul_(sorted_weights.to(x.dtype))
         grad_hidden = F.grouped_mm(weighted, down, offs=plan.ends)
         hidden, grad_gate_up = activate_again(grad_hidden, gate_up, ctx.kind)
         grad_weights = grad_down = grad_x = grad_up = None
@@ -96,7 +117,7 @@ class _GroupedExperts(torch.autograd.Function):
         if need_x:
             grad_x = _combine(F.grouped_mm(grad_gate_up, up, offs=plan.ends), plan.slot, top_k)
         if need_up:
-            grad_up = F.grouped_mm(grad_gate_up.t(), x.index_select(0, plan.token), offs=plan.ends)
+            grad_up = F.grouped_mm(grad_gate_up.t(), _gather(x, plan.token, ctx.padded), offs=plan.ends)
         return grad_x, grad_weights, grad_up, grad_down, None, None
 
 
@@ -123,6 +144,15 @@ def can_group(x: Tensor, up: Tensor, down: Tensor) -> bool:
     return x.dtype in allowed and all(size % multiple == 0 for size in (*up.shape[1:], *down.shape[1:]))
 
 
+def block_rows(x: Tensor) -> int:
+    """Rows to which an expert's block is padded: 1, except for bf16 on a CPU.
+
+    There oneDNN compiles a kernel for each new number of rows, and ragged blocks are new at every step: 6 x the time
+    of the products themselves, measured. With multiples of 64 it soon has them all.
+    """
+    return 64 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
+
+
 @torch.compiler.disable  # the fake kernel of grouped_mm knows bf16 only; the blocks around it still compile
 def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: Tensor, kind: Activation) -> Tensor:
     """Sum over a token's k experts of ``weight * down(activation(up(x)))``.
@@ -140,7 +170,7 @@ def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: T
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)  # autocast does not know grouped_mm
         x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
-    plan = make_plan(experts, up.shape[0])
-    if can_group(x, up, down):
-        return _GroupedExperts.apply(x, weights, up, down, plan, kind)
-    return loop_experts(x, weights, up, down, plan, kind)
+    if not can_group(x, up, down):
+        return loop_experts(x, weights, up, down, make_plan(experts, up.shape[0]), kind)
+    plan = make_plan(experts, up.shape[0], multiple=block_rows(x))
+    return _GroupedExperts.apply(x, weights, up, down, plan, kind)

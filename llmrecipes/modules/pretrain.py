@@ -73,17 +73,16 @@ class PretrainModule(StepModule):
     def _router_terms(self, routing: list[Routing]) -> dict[str, LossTerm]:
         """Balance loss with f of the whole step, z-loss; both means over layers and real tokens."""
         moe, step = self.config.moe, self._routing
-        assert moe is not None and step is not None
+        assert moe is not None
+        assert step is not None
         step.add(routing)
-        balance = torch.stack(
-            [
-                balance_sum(r.prob_sum, step.counts_for_loss[i], step.tokens_for_loss, moe.top_k)
-                for i, r in enumerate(routing)
-            ]
-        ).mean()
         z = torch.stack([r.z_sum for r in routing]).mean()
-        weight = moe.balance_coef if moe.balance == "loss" else 0.0
-        return {"aux_loss": LossTerm(balance, "tokens", weight), "z_loss": LossTerm(z, "tokens", moe.z_loss_coef)}
+        terms = {"z_loss": LossTerm(z, "tokens", moe.z_loss_coef)}
+        if moe.balance != "loss":
+            return terms
+        counts, tokens = step.counts_for_loss, step.tokens_for_loss
+        balance = [balance_sum(r.prob_sum, counts[i], tokens, moe.top_k) for i, r in enumerate(routing)]
+        return terms | {"aux_loss": LossTerm(torch.stack(balance).mean(), "tokens", moe.balance_coef)}
 
     def before_micro_batches(self, micro_batches: list[Batch], counts: dict[str, int]) -> None:
         moe = self.config.moe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmrecipes.losses import balance_loss, balance_term, bias_update, load_entropy, max_violation, z_loss_term
+from llmrecipes.losses import balance_loss, balance_sum, bias_update, load_entropy, max_violation
 
 
 def route(logits, top_k):
@@ -38,12 +38,12 @@ def test_mutant_pooled_over_layers_reads_balanced():
     assert pooled.item() == 1.0  # what transformers computes, times k
 
 
-def test_terms_of_micro_batches_and_ranks_add_to_the_loss_of_the_step():
+def test_sums_of_micro_batches_and_ranks_add_to_the_loss_of_the_step():
     logits = torch.randn(90, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     prob_sum, counts = route(logits, 2)
     whole = balance_loss(prob_sum, counts, 90, 2)
     (want,) = torch.autograd.grad(whole, logits)
-    terms = [balance_term(route(part, 2)[0], counts, 90, 2) for part in logits.split([1, 50, 39])]
+    terms = [balance_sum(route(part, 2)[0], counts, 90, 2) / 90 for part in logits.split([1, 50, 39])]
     (got,) = torch.autograd.grad(sum(terms), logits)
     torch.testing.assert_close(sum(terms), whole, rtol=0, atol=1e-14)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
@@ -58,13 +58,6 @@ def test_gradient_pushes_away_from_the_full_expert():
     prob_sum, counts = route(logits, 1)
     balance_loss(prob_sum, counts, 10, 1).backward()
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
-
-
-def test_z_loss():
-    logits = torch.randn(6, 4, dtype=torch.float64)
-    squares = logits.logsumexp(-1).square()
-    assert z_loss_term(squares.sum(), 6).item() == pytest.approx(squares.mean().item())
-    assert z_loss_term(squares[:2].sum(), 6) + z_loss_term(squares[2:].sum(), 6) == pytest.approx(squares.mean().item())
 
 
 def test_measures():
