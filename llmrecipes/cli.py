@@ -17,7 +17,7 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "check": ("llmrecipes.recipe.check", "main", "every mistake in recipes at once, without starting anything"),
-    "data": ("data_prep.commands", "main", "corpora, tokenizers and token shards, stage by stage"),
+    "data": ("llmrecipes.cli", "data", "corpora, tokenizers and token shards, stage by stage"),
 }
 
 
@@ -68,6 +68,17 @@ def _command(name: str) -> Callable[[list[str]], int]:
     guess = difflib.get_close_matches(name, [*TRAINER_COMMANDS, *COMMANDS], 1)
     hint = f" - did you mean '{guess[0]}'?" if guess else ""
     raise UserError(f"unknown command '{name}'{hint} (llmrecipes --help lists them)")
+
+
+def data(words: list[str]) -> int:
+    """``llmrecipes data STAGE ...``: dispatches to data_prep, which training never imports."""
+    from data_prep.commands import help_text, run
+
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: llmrecipes data STAGE [options]\n\n{help_text()}\n\nllmrecipes data STAGE --help for its options")
+        return 0
+    run(words[0], words[1:])
+    return 0
 
 
 def _train(name: str, words: list[str]) -> int:
