@@ -3,11 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 RUN := $(BIN)/llmrecipes
-DEMO ?= data/demo
-CORPUS ?= ../shared/data/corpus
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real check test bench clean
+.PHONY: help setup demo real check test clean
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,19 +19,26 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 setup: $(VENV)/.done  ## create the environment and install
 
-$(DEMO)/.done: $(VENV)/.done
-	$(RUN) data demo --output $(DEMO)/text
-	$(RUN) data tokenizer --input $(DEMO)/text/*_*.jsonl $(DEMO)/text/arithmetic.jsonl --output $(DEMO)/tokenizer --vocab_size 4096
-	$(RUN) data tokenize --input $(DEMO)/text/*_*.jsonl $(DEMO)/text/arithmetic.jsonl --tokenizer $(DEMO)/tokenizer --output_dir $(DEMO)/shards
+DEMO_TEXT := $(foreach name,ja_towns en_towns ja_people en_people arithmetic,data/demo/text/$(name).jsonl)
+data/demo/.done: $(VENV)/.done
+	$(RUN) data demo --output data/demo/text --overwrite true
+	$(RUN) data tokenizer --input $(DEMO_TEXT) --output data/demo/tokenizer --vocab_size 4000 --sample_bytes 4_000_000 --overwrite true
+	$(RUN) data tokenize --input $(DEMO_TEXT) --tokenizer data/demo/tokenizer --output_dir data/demo/shards --overwrite true
 	touch $@
 
-demo: $(DEMO)/.done  ## from nothing to a trained little mixture of experts: corpus, tokenizer, shards, training
+demo: data/demo/.done  ## from nothing to a trained little mixture of experts: corpus, tokenizer, shards, training
 	$(RUN) fit --config recipes/cpu/moe_pretrain.yaml
 	@echo
 	@echo "run folder  runs/moe_pretrain_cpu"
 	@echo "loss curve  runs/moe_pretrain_cpu/loss.png"
-	@echo "samples     runs/moe_pretrain_cpu/samples/"
-	@ls runs/moe_pretrain_cpu/samples | tail -1 | xargs -I{} cat runs/moe_pretrain_cpu/samples/{}
+	@echo "samples     runs/moe_pretrain_cpu/samples/, the last of them:"
+	@cat "$$(ls runs/moe_pretrain_cpu/samples/*.txt | tail -1)"
+
+CORPUS ?= ../shared/data/corpus
+REAL_TEXT := $(foreach name,ja_wiki ja_novel ja_docs en,$(CORPUS)/$(name).jsonl.gz)
+real: $(VENV)/.done  ## tokenizer and shards of a real corpus (CORPUS=folder); then see recipes/cpu/real_corpus.yaml
+	$(RUN) data tokenizer --input $(REAL_TEXT) --output data/real/tokenizer --vocab_size 16000 --sample_bytes 30_000_000
+	$(RUN) data tokenize --input $(REAL_TEXT) --tokenizer data/real/tokenizer --output_dir data/real/shards
 
 check: $(VENV)/.done  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -45,4 +50,4 @@ test: $(VENV)/.done  ## all tests
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
 clean:  ## remove the environment, the demo's data and its runs
-	rm -rf $(VENV) $(DEMO) runs/moe_pretrain_cpu
+	rm -rf $(VENV) data/demo runs/moe_pretrain_cpu

@@ -75,7 +75,9 @@ def data(words: list[str]) -> int:
     from data_prep.commands import help_text, run
 
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: llmrecipes data STAGE [options]\n\n{help_text()}\n\nllmrecipes data STAGE --help for its options")
+        print(
+            f"usage: llmrecipes data STAGE [options]\n\n{help_text()}\n\nllmrecipes data STAGE --help for its options"
+        )
         return 0
     run(words[0], words[1:])
     return 0
@@ -88,12 +90,13 @@ def _train(name: str, words: list[str]) -> int:
 
         check_arguments(words)
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # must be set before torch loads its threads; see docs/decisions.md
+    from llmrecipes.checkpoint import CheckpointError
     from llmrecipes.modules import TrainingStopped
     from llmrecipes.run.fit import run
 
     try:
         return run(name, words)
-    except TrainingStopped as error:
+    except (TrainingStopped, CheckpointError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 VOCAB = 64
@@ -76,27 +72,3 @@ def recipe(shards):
         }
 
     return make
-
-
-def write_recipe(folder: Path, recipe: dict, name: str = "recipe.yaml") -> Path:
-    path = folder / name
-    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    return path
-
-
-def llmrecipes(*words: object, cwd: Path, check: int | None = 0, **options) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does, in a process of its own."""
-    command = [sys.executable, "-m", "llmrecipes", *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
-    if check is not None:
-        assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-MEASURED = ("tokens_per_second", "memory_gib", "mfu")
-
-
-def trajectory(folder: Path) -> list[dict]:
-    """The records of a run without what a clock measured: equal for equal runs, to the last bit."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]

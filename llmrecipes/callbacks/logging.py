@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 from tqdm import tqdm
 
-from llmrecipes.callbacks.metrics_file import MetricsFile
+from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
 from llmrecipes.callbacks.throughput import Throughput, clock, known_peak, peak_memory
 
 log = logging.getLogger("llmrecipes")
@@ -33,12 +33,15 @@ class Logging(L.Callback):
         self._bar: tqdm | None = None
         self._file: MetricsFile | None = None
         self._throughput: Throughput | None = None
+        self._validated = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
         self._throughput = Throughput(step)
         if trainer.is_global_zero:
-            self._file = MetricsFile(Path(trainer.default_root_dir) / "metrics.jsonl")
+            path = Path(trainer.default_root_dir) / "metrics.jsonl"
+            self._validated = max((r["step"] for r in read_metrics(path) if "val_loss" in r), default=-1)
+            self._file = MetricsFile(path)
             if self.progress_bar and sys.stderr.isatty():
                 self._bar = tqdm(total=trainer.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False)
 
@@ -76,6 +79,8 @@ class Logging(L.Callback):
         loss = metrics["val_loss"]
         line = f"valid {trainer.global_step:>6}  val_loss {loss:.4f}  ppl {math.exp(loss):.2f}  {domains}"
         if trainer.state.fn == "fit":
+            if trainer.global_step == self._validated:
+                return  # a resumed run repeated a validation that was written down before it was killed
             self._write(trainer, {"step": trainer.global_step, **metrics}, line)
         else:
             log.info(line)

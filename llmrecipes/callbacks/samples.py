@@ -42,6 +42,11 @@ class Samples(L.Callback):
         self.top_k = top_k
         self._due: int | None = None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.every:
+            # Raises when the recipe names none: before the first step, not at the first sample.
+            _ = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.every and trainer.global_step % self.every == 0:
             self._due = trainer.global_step
@@ -60,8 +65,6 @@ class Samples(L.Callback):
         if step is None or not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if data.tokenizer is None:
-            return
         texts = [self._continue(pl_module, data.tokenizer, data.eos_id, p, i) for i, p in enumerate(self.prompts)]
         path = Path(trainer.default_root_dir) / "samples" / f"step={step:06d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from llmrecipes.checkpoint.files import checkpoint_name, read_checkpoint, write_checkpoint
-from llmrecipes.checkpoint.retention import point_latest, purge, remove_leftovers
+from llmrecipes.checkpoint.retention import point_latest, purge, remove_leftovers, set_aside_after
 from llmrecipes.checkpoint.state import TrainingState, load_optimizer_state, optimizer_state, rng_state, set_rng_state
 from llmrecipes.recipe import Duration
 
@@ -57,6 +57,7 @@ class Checkpoints(L.Callback):
     def _restore(self, trainer: L.Trainer, pl_module: Any, state: TrainingState) -> None:
         pl_module.model.load_state_dict(state.model, strict=True)
         load_optimizer_state(pl_module.model, trainer.optimizers[0], state.optimizer)
+        set_aside_after(self.root(trainer), state.step)
         self.validated = Validated.read(self.root(trainer), up_to=state.step)
         self._rng, self._last_saved = state.rng, state.step
         set_loop_position(trainer, state.step)
@@ -123,10 +124,14 @@ class Validated:
 
     @classmethod
     def read(cls, root: Path, up_to: int) -> Validated:
-        """What is on disk, unless it is of steps after ``up_to`` that are about to be done again."""
-        path = root / "validated.json"
-        found = cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
-        return found if found.step <= up_to else cls()
+        """What is on disk, without what belongs to steps after ``up_to`` that are about to be done again."""
+        try:
+            found = cls(**json.loads((root / "validated.json").read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):  # none yet, or cut short by a power failure
+            return cls()
+        if found.step <= up_to:
+            return found
+        return replace(found, step=-1) if found.best_step <= up_to else cls()
 
     def write(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)

@@ -52,26 +52,27 @@ def write_checkpoint(root: Path, state: TrainingState, attachments: list[Path] |
         The folder's path.
 
     Raises:
-        CheckpointError: not finite, not enough space, or the files read back differently. Nothing is left behind.
+        CheckpointError: not finite, not enough space, or the files read back differently. Nothing is left behind,
+            and an earlier folder of the same name is as it was.
     """
     not_finite = [name for name, t in (*state.model.items(), *state.optimizer.items()) if not _is_finite(t)]
     if not_finite:
-        raise CheckpointError(
-            f"step {state.step} is not saved: {not_finite[0]} and {len(not_finite) - 1} more are not finite"
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    _check_space(root, state)
+        others = f", nor are {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
+        raise CheckpointError(f"step {state.step} is not saved: {not_finite[0]} is not finite{others}")
     target, temporary = root / checkpoint_name(state.step), root / f".tmp-{checkpoint_name(state.step)}-{os.getpid()}"
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        _check_space(root, state)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         _write_files(temporary, state, attachments or [])
+        if reason := verify(temporary):
+            raise CheckpointError(f"{target} reads back differently from what was written: {reason}")
         _commit(temporary, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"writing {target} failed: {error}") from error
-    if reason := verify(target):
-        raise CheckpointError(f"{target} reads back differently from what was written: {reason}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -110,7 +111,11 @@ def _commit(temporary: Path, target: Path) -> None:
     if target.exists():
         aside = target.with_name(f".old-{target.name}-{os.getpid()}")
         target.rename(aside)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
     else:
         temporary.rename(target)

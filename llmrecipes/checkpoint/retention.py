@@ -29,6 +29,15 @@ def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
     return None, broken
 
 
+def set_aside_after(root: Path, step: int) -> None:
+    """Rename checkpoints of later steps to ``broken-...``: a resumed run passed them over and must not count them."""
+    for path in checkpoints(root):
+        if (later := step_of(path)) is not None and later > step:
+            aside = root / f"broken-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def remove_leftovers(root: Path) -> None:
     """Delete what killed writers left: hidden ``.tmp-`` and ``.old-`` folders. Only the owner of the run calls this."""
     if root.is_dir():

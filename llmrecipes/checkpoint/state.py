@@ -42,12 +42,17 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Put tensors from :func:`optimizer_state` back, each on its parameter's device (``step`` counters as they are)."""
+    """Put tensors from :func:`optimizer_state` back on their parameters' devices.
+
+    ``step`` counters stay on the CPU, where PyTorch keeps them, but for fused optimizers, whose kernel reads them.
+    """
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
         keys = [k for k in state if k.rpartition(".")[0] == name]
         if keys:
             optimizer.state[parameter] = {
-                k.rpartition(".")[2]: state[k] if state[k].ndim == 0 else state[k].to(parameter.device) for k in keys
+                k.rpartition(".")[2]: state[k].to(parameter.device) if state[k].ndim or on_device else state[k]
+                for k in keys
             }
 
 

@@ -100,7 +100,7 @@ class PackedShards(L.LightningDataModule):
             raise UserError(*problems)
         self.notes, self._verified = notes, True
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
+    def setup(self, stage: str) -> None:
         """Open the shards and check all that needs no reading of them: sizes, tokenizers, vocabulary, batch sizes.
 
         Raises:

@@ -61,5 +61,10 @@ def record_launch(folder: Path, recipe: str) -> None:
     """Write the resolved recipe and add this launch to ``environment.json`` (one object per launch, newest last)."""
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     path = folder / "environment.json"
-    launches = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    path.write_text(json.dumps([*launches, environment()], indent=1, ensure_ascii=False), encoding="utf-8")
+    try:
+        launches = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # the first launch, or a file cut short
+        launches = []
+    temporary = folder / ".environment.json"
+    temporary.write_text(json.dumps([*launches, environment()], indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)

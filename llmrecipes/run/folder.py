@@ -103,7 +103,9 @@ def _step_aside(folder: Path) -> None:
         if (folder / name).exists()
     ]
     if mine:
-        aside = folder / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+        taken = sum(1 for _ in folder.glob(f"{name}*"))  # launches within one second
+        aside = folder / (f"{name}-{taken + 1}" if taken else name)
         aside.mkdir()
         for path in mine:
             path.rename(aside / path.name)

@@ -113,6 +113,10 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")
 
+    def before_instantiate_classes(self) -> None:
+        # Written down, so that the resolved recipe belongs to the same run wherever it is copied.
+        self.settings["name"] = self.settings["name"] or Path(str(self.settings["config"][0])).stem
+
     def _set_seed(self) -> None:
         L.seed_everything(self.settings["seed"], verbose=False)
 
@@ -130,8 +134,7 @@ class RecipeCLI(LightningCLI):
     @property
     def folder(self) -> Path:
         """The run folder, ``RUN_ROOT/<recipe name>``."""
-        name = self.settings["name"] or Path(str(self.settings["config"][0])).stem
-        return Path(self.settings["run_root"]) / name
+        return Path(self.settings["run_root"]) / self.settings["name"]
 
     @property
     def resolved_recipe(self) -> str:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOOD, write_shard
+from good_recipe import GOOD, write_shard
 
 from llmrecipes.errors import UserError
 from llmrecipes.recipe import Recipe, check, checked_recipe

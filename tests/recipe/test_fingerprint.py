@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import yaml
-from conftest import GOOD
+from good_recipe import GOOD
 
 from llmrecipes.recipe import diff, fingerprint
 

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import yaml
-from conftest import GOOD
+from good_recipe import GOOD
 
 from llmrecipes.recipe import Problem, Recipe, check, diff, fingerprint
 from llmrecipes.recipe.signatures import Sources

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import llmrecipes, trajectory, write_recipe
+from helpers import llmrecipes, trajectory, write_recipe
 
 
 def fit(folder, path, *words, **options):
@@ -76,46 +76,61 @@ def test_mutant_without_rng_differs(tmp_path, recipe, monkeypatch, capsys):
 
 KILL_LOOP = """
 import os, random, signal, sys, time
+from pathlib import Path
 import llmrecipes.run.fit  # imported once; the children are forked and start in a moment
 from llmrecipes.cli import main
-words, kills = sys.argv[2:], int(sys.argv[1])
+
+kills, steps, metrics, words = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
 random.seed(3)
+
+
 def start():
     pid = os.fork()
     if pid == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         os._exit(main(words))
     return pid
-done = 0
-while done < kills:
+
+
+def logged():
+    return metrics.read_bytes().count(b'"loss"') if metrics.exists() else 0
+
+
+for kill in range(kills):
     pid = start()
-    time.sleep(random.uniform(0.15, 1.6))
-    finished, status = os.waitpid(pid, os.WNOHANG)
-    if finished:
-        sys.exit(f"finished after {done} kills with status {status}: make the run longer")
+    if kill % 4 == 3:
+        time.sleep(random.uniform(0.0, 0.6))  # while it starts, reads the checkpoint, takes its first steps
+    else:
+        target = max(logged(), steps * kill // (kills + 2)) + random.randrange(1, 12)
+        while logged() < target and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0.0, 0.06))  # somewhere in the next steps or in the writing of a checkpoint
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    done += 1
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 _, status = os.waitpid(start(), 0)
-print("killed", done, "then", os.waitstatus_to_exitcode(status))
+print("killed", kills, "then", os.waitstatus_to_exitcode(status))
 """
 
 
-def test_twenty_random_kills_lose_nothing(tmp_path, recipe):
-    config = recipe(moe=True, steps=4000)
+def test_twenty_kills_at_random_instants_lose_nothing(tmp_path, recipe):
+    steps = 240
+    config = recipe(moe=True, steps=steps)
     config["checkpoint"]["every"] = "5 steps"
-    config["trainer"]["val_check_interval"] = 50
-    config["model"]["init_args"]["schedule"]["init_args"]["decay"] = "4000 steps"
+    config["trainer"]["val_check_interval"] = 40
     path = write_recipe(tmp_path, config)
-    words = ["fit", "--config", str(path), "--run_root", str(tmp_path / "killed")]
-    loop = [sys.executable, "-c", KILL_LOOP]
-    killed = subprocess.run([*loop, "20", *words, "--trainer.max_steps", "4000"], capture_output=True, text=True, timeout=400)
-    assert killed.stdout.strip() == "killed 20 then 0", killed.stdout + killed.stderr
-    whole = subprocess.run(
-        [*loop, "0", *words[:-1], str(tmp_path / "whole"), "--trainer.max_steps", "4000"], capture_output=True, text=True, timeout=400
-    )
-    assert whole.stdout.strip() == "killed 0 then 0", whole.stderr
-    assert trajectory(tmp_path / "killed" / "moe") == trajectory(tmp_path / "whole" / "moe")
+
+    def run(kills, root):
+        words = ["fit", "--config", path, "--run_root", tmp_path / root]
+        loop = [sys.executable, "-c", KILL_LOOP, kills, steps, tmp_path / root / "moe" / "metrics.jsonl", *words]
+        done = subprocess.run([str(word) for word in loop], capture_output=True, text=True, timeout=400)
+        assert done.stdout.strip() == f"killed {kills} then 0", done.stdout + done.stderr
+        return trajectory(tmp_path / root / "moe")
+
+    killed, whole = run(20, "killed"), run(0, "whole")
+    assert len([r for r in whole if "loss" in r]) == steps
+    assert killed == whole
+    log = (tmp_path / "killed" / "moe" / "log.txt").read_text(encoding="utf-8")
+    assert 10 <= log.count("resuming from")
 
 
 def test_sigterm_saves_at_a_step_boundary_and_exits_75(tmp_path, recipe):

@@ -1,0 +1,249 @@
+"""What the documents say is true: both READMEs alike, every file and target there, every command run, in miniature."""
+
+from __future__ import annotations
+
+import glob
+import inspect
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep.commands import STAGES
+from llmrecipes.cli import COMMANDS, TRAINER_COMMANDS, main
+from llmrecipes.recipe import check
+from llmrecipes.recipe.check import USAGE as CHECK_USAGE
+
+REPOSITORY = Path(__file__).parents[1]
+READMES = ("README.md", "README.ja.md")
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in REPOSITORY.glob("docs/*.md")))
+
+# Only sizes are cut; every word of a command is kept.
+SMALLER = {"--vocab_size": "1000", "--sample_bytes": "1_000_000"}
+MORE = {
+    "data demo": "--documents 600",
+    "data tokenizer": "--num_threads 1",
+    "data tokenize": "--workers 1",
+    "validate": "--data.init_args.seq_len 32 --data.init_args.micro_batch 4 --data.init_args.valid_batches 1",
+    "fit": "--data.init_args.seq_len 32 --data.init_args.micro_batch 4 --data.init_args.valid_batches 1 "
+    "--data.init_args.global_batch 4 --trainer.max_steps 6 --trainer.val_check_interval 3 --logging.every 2 "
+    "--model.init_args.schedule.init_args.warmup '2 steps' --checkpoint.every '3 steps'",
+}
+
+
+def read(name: str) -> str:
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of all shell blocks."""
+    return [line for block in blocks(text, "bash") for line in block.splitlines() if line]
+
+
+def make_targets(text: str) -> set[str]:
+    return set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
+
+
+def named_targets(text: str) -> list[str]:
+    """Targets of ``make X`` in shell blocks and code spans."""
+    return re.findall(r"^make ([a-z]+)$", "\n".join(commands(text)), re.MULTILINE) + re.findall(
+        r"`make ([a-z]+)`", text
+    )
+
+
+def named_files(document: str, text: str) -> set[str]:
+    """Links to files, and code spans that are paths of the repository; relative to its root."""
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    found = {str(Path(document).parent / link) for link in links}
+    folders = "recipes|llmrecipes|data_prep|tests|docs|benchmarks"
+    return found | set(re.findall(rf"`((?:{folders})/[\w./-]*|\.ci/run|constraints\.txt)`", text))
+
+
+def test_both_readmes_say_the_same():
+    english, japanese = map(read, READMES)
+    assert commands(english) == commands(japanese)
+    assert len(commands(english)) == 12
+    assert blocks(english, "text") == blocks(japanese, "text") and len(blocks(english, "text")) == 2
+    ours, theirs = ([yaml.safe_load(block) for block in blocks(text, "yaml")] for text in (english, japanese))
+    assert ours == theirs and len(ours) == 1
+    assert [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, japanese)] == [10, 10]
+    rows = [re.findall(r"^\| `([^|]*?)` ", text, re.MULTILINE) for text in (english, japanese)]
+    assert len(rows[0]) == len(rows[1]) == 7
+
+
+def test_every_make_target_exists():
+    targets, seen = make_targets(read("Makefile")), 0
+    for document in DOCUMENTS:
+        for target in named_targets(read(document)):
+            assert target in targets, f"{document}: make {target}"
+            seen += 1
+    assert seen >= 15
+    assert named_targets("```bash\nmake dmeo\n```\n") == ["dmeo"] and "dmeo" not in targets
+
+
+def test_every_named_file_exists():
+    seen = 0
+    for document in DOCUMENTS:
+        for name in named_files(document, read(document)):
+            assert (REPOSITORY / name).exists(), f"{document} names {name}"
+            seen += 1
+    assert seen >= 55
+    assert named_files("docs/x.md", "[a](nowhere.md) `recipes/none.yaml`") == {"docs/nowhere.md", "recipes/none.yaml"}
+
+
+def test_the_command_tables_are_complete():
+    exist = {*TRAINER_COMMANDS, *COMMANDS, *(f"data {stage}" for stage in STAGES)} - {"data"}
+    for document in READMES:
+        table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
+        named = {name for line in table for name in re.findall(r"`llmrecipes ((?:data )?[a-z]+)", line)}
+        assert named == exist, document
+    assert len(exist) == 8
+
+
+def mistakes(words: list[str]) -> list[str]:
+    """What is wrong with the words after ``llmrecipes``, found without running them."""
+    if words[0] == "data":
+        known = inspect.signature(STAGES[words[1]].load()).parameters
+        return [word for word in words[2:] if word.startswith("--") and word[2:] not in known]
+    if words[0] not in (*TRAINER_COMMANDS, "check"):
+        return [words[0]]
+    rest = [word for word in words[1:] if word not in ("--print_config", "--without_files")]
+    files, overrides = [], []
+    while rest:
+        word = rest.pop(0)
+        if word == "--config" or not word.startswith("--"):
+            files.append(REPOSITORY / (rest.pop(0) if word == "--config" else word))
+        else:
+            overrides += [word, rest.pop(0)]
+    return [str(problem) for problem in check(files, overrides, files=False)]
+
+
+def test_commands_of_the_other_documents_are_understood():
+    seen = 0
+    for document in DOCUMENTS[len(READMES) :]:
+        for line in commands(read(document)):
+            words = shlex.split(line)
+            if words[0] == "llmrecipes":
+                assert mistakes(words[1:]) == [], f"{document}: {line}"
+                seen += 1
+    assert seen >= 10
+    assert mistakes(["data", "tokenize", "--inputs", "a"]) == ["--inputs"]
+    assert len(mistakes(["fit", "--config", "recipes/moe_pretrain.yaml", "--trainer.max_step", "1"])) == 1
+
+
+def test_recipe_snippets_are_sound(tmp_path):
+    """The pieces of recipes in the documents, each laid over a whole recipe."""
+    seen = 0
+    for document in DOCUMENTS[len(READMES) :]:
+        for block in blocks(read(document), "yaml"):
+            piece = tmp_path / f"piece{seen}.yaml"
+            piece.write_text(block, encoding="utf-8")
+            recipes = [
+                REPOSITORY / "recipes/cpu/dense_pretrain.yaml",
+                REPOSITORY / "recipes/cpu/real_corpus.yaml",
+                piece,
+            ]
+            found = [str(p) for p in check(recipes, ["--model.init_args.config.tie_embeddings", "false"], files=False)]
+            assert found == [], document
+            seen += 1
+    assert seen >= 3
+
+
+# ---- the commands, run
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A folder like a fresh clone's, with the README's recipe and somebody's text in it."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "recipes").symlink_to(REPOSITORY / "recipes")
+    (recipe,) = blocks(read("README.md"), "yaml")
+    (folder / "first.yaml").write_text(recipe, encoding="utf-8")
+    return folder
+
+
+def in_miniature(words: list[str]) -> list[str]:
+    """The same command with smaller sizes."""
+    cut = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    key = " ".join(words[:2]) if words[0] == "data" else words[0]
+    return [*cut, *shlex.split(MORE.get(key, ""))]
+
+
+def demo_commands() -> tuple[list[str], list[str]]:
+    """The ``llmrecipes`` commands of ``make demo``, and the run's files that it points to."""
+    arguments = ["make", "--dry-run", "--always-make", "demo", "VENV=.venv"]
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    run = [line.removeprefix(".venv/bin/") for line in lines if line.startswith(".venv/bin/llmrecipes ")]
+    return run, re.findall(r"\bruns/[\w./]+", "\n".join(line for line in lines if line.startswith("echo")))
+
+
+def run(line: str) -> int:
+    words = shlex.split(line)
+    assert words[0] == "llmrecipes"
+    expanded = [w for word in words[1:] for w in (sorted(glob.glob(word)) if "*" in word else [word])]
+    return main(in_miniature(expanded))
+
+
+def test_the_demo_and_every_command_of_the_readme_run(workspace, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    demo, pointed = demo_commands()
+    assert [line.split()[1:3] for line in demo] == [
+        ["data", "demo"],
+        ["data", "tokenizer"],
+        ["data", "tokenize"],
+        ["fit", "--config"],
+    ]
+    for line in demo:
+        assert run(line) == 0, line
+    assert len(pointed) >= 3 and all(Path(name).exists() for name in pointed), pointed
+    assert list(Path("runs/moe_pretrain_cpu/samples").iterdir())
+
+    Path("text").mkdir()
+    for language in ("ja", "en"):
+        shutil.copy(f"data/demo/text/{language}_towns.jsonl", f"text/{language}.jsonl")
+    done = []
+    for line in commands(read("README.md")):
+        if line.startswith("llmrecipes "):
+            capsys.readouterr()
+            code = run(line)
+            if "typo.yaml" in line:
+                assert code == 2
+                assert capsys.readouterr().err == blocks(read("README.md"), "text")[1]
+            else:
+                assert code == 0, line
+            done.append(line.split()[1])
+        elif line.startswith("sed "):
+            subprocess.run(["bash", "-c", line], check=True)
+        else:
+            assert line in ("make demo", "make test", "source .venv/bin/activate")
+    assert done == ["check", "fit", "validate", "check", *["data"] * 4]
+    assert Path("runs/first/DONE").exists()
+    assert {p.name for p in Path("data/mine/shards").glob("*.bin")} == {"ja.bin", "en.bin"}
+
+
+def test_help_answers(capsys):
+    for words in ([], ["--help"], ["check", "--help"], ["data", "--help"]):
+        assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert CHECK_USAGE in shown
+    for name in (*TRAINER_COMMANDS, *COMMANDS, *STAGES):
+        assert re.search(rf"^  {name} ", shown, re.MULTILINE), name
+
+
+def test_a_wrong_command_would_be_noticed(workspace, monkeypatch, capsys):
+    """The mutants of the tests above: a misspelt stage, option and key do not pass for running."""
+    monkeypatch.chdir(workspace)
+    assert run("llmrecipes data tokenise --input text/ja.jsonl") == 2
+    assert run("llmrecipes fitt --config first.yaml") == 2
+    assert run("llmrecipes check first.yaml --trainer.max_step 5") == 2
+    assert "did you mean 'tokenize'?" in capsys.readouterr().err
