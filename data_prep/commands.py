@@ -53,7 +53,9 @@ def run(stage: str, args: Sequence[str]) -> None:
         meant = f" - did you mean {close[0]!r}?" if close else f"; there are: {', '.join(STAGES)}"
         raise UserError(f"data {stage}: no such stage{meant}")
     function = STAGES[stage].load()
-    jsonargparse.auto_cli(function, args=join_lists(function, args), as_positional=False)
+    jsonargparse.auto_cli(
+        function, args=join_lists(function, args), as_positional=False, prog=f"llmrecipes data {stage}"
+    )
 
 
 def join_lists(function: Callable[..., None], args: Sequence[str]) -> list[str]:

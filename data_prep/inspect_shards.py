@@ -20,7 +20,7 @@ def stats(shards: list[str]) -> None:
     """Prints what shards hold, and verifies every byte of them.
 
     Args:
-        shards: prefixes (paths without .bin).
+        shards: prefixes (paths, with or without .bin).
     """
     from tqdm import tqdm
 
@@ -28,6 +28,8 @@ def stats(shards: list[str]) -> None:
     from llmrecipes.data.shards import IndexedShard
     from llmrecipes.data.verify import verify
 
+    # dir/*.bin is the natural way to name all shards of a folder
+    shards = [prefix.removesuffix(".bin") for prefix in shards]
     width = max((len(prefix) for prefix in shards), default=0)
     print(
         f"{'shard':<{width}} {'documents':>12} {'tokens':>15} {'tokens/doc':>11} {'chars/token':>12}  vocabulary, dtype"

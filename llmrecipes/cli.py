@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         return _command(words[0])(words[1:])
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)
+            # A problem that begins with its place is printed as compilers do, so that editors find the line.
+            place = re.match(r"\s|\S+:\d+: |command line: ", problem)
+            print(problem if place else f"error: {problem}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of a pipe went away (| head): not worth a word.

@@ -35,9 +35,9 @@ def shards(tmp_path_factory) -> dict[str, Path]:
 MOE = {"num_experts": 4, "ffn_dim": 16, "balance": "loss", "z_loss_coef": 0.001}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(shards):
-    """A complete little recipe as a dict; ``recipe(moe=True, steps=12)``."""
+    """A fresh, complete little recipe as a dict; ``recipe(moe=True, steps=12)``."""
 
     def make(moe: bool = False, steps: int = 12, **data) -> dict:
         config = {"vocab_size": VOCAB, "dim": 32, "num_layers": 2, "num_heads": 2, "dropout": 0.1, "ffn_dim": 48}

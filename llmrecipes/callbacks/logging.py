@@ -30,6 +30,7 @@ class Logging(L.Callback):
         self.every = every
         self.peak_flops = peak_flops
         self.progress_bar = progress_bar
+        self.validated_step: int | None = None
         self._bar: tqdm | None = None
         self._file: MetricsFile | None = None
         self._throughput: Throughput | None = None
@@ -77,7 +78,8 @@ class Logging(L.Callback):
             return
         domains = "  ".join(f"{k.partition('/')[2]} {v:.4f}" for k, v in metrics.items() if "/" in k)
         loss = metrics["val_loss"]
-        line = f"valid {trainer.global_step:>6}  val_loss {loss:.4f}  ppl {math.exp(loss):.2f}  {domains}"
+        step = trainer.global_step if self.validated_step is None else self.validated_step
+        line = f"valid {step:>6}  val_loss {loss:.4f}  ppl {math.exp(loss):.2f}  {domains}"
         if trainer.state.fn == "fit":
             if trainer.global_step == self._validated:
                 return  # a resumed run repeated a validation that was written down before it was killed

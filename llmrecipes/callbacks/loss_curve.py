@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def draw_loss_curve(metrics: Path, picture: Path) -> bool:
     for axis in axes:
         axis.grid(alpha=0.25)
     figure.suptitle(metrics.parent.name)
-    figure.savefig(picture, dpi=120)
+    with warnings.catch_warnings():
+        # A letter that the machine's fonts lack, a gradient norm of zero on a logarithmic axis: nothing to act on.
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(picture, dpi=120)
     return True
 
 

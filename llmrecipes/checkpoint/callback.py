@@ -73,9 +73,19 @@ class Checkpoints(L.Callback):
         """A run killed between a checkpoint and the validation due at the same step catches up on it."""
         interval, step = trainer.val_check_batch, trainer.global_step
         if isinstance(interval, int) and interval > 0 and step % interval == 0 and self.validated.step < step:
+            self._validate(trainer)
+
+    @staticmethod
+    def _validate(trainer: L.Trainer) -> None:
+        if trainer.enable_validation and isinstance(trainer.val_check_batch, int):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        # Whatever the interval: the last parameters of a run are the ones that people quote.
+        if trainer.global_step == trainer.max_steps and self.validated.step < trainer.global_step:
+            self._validate(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step

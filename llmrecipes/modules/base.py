@@ -51,6 +51,7 @@ class StepModule(L.LightningModule):
         # Set by whoever launches the run: what decides its trajectory, and a fall of the rate to its end.
         self.trajectory: dict[str, Any] | None = None
         self.start_cool_down: tuple[int, Duration] | None = None
+        self._run_length: RunLength | None = None
 
     # ---- what a stage defines
 
@@ -133,7 +134,9 @@ class StepModule(L.LightningModule):
 
     @property
     def run_length(self) -> RunLength:
-        return RunLength(self.trainer.max_steps, self.tokens_per_step)
+        """The recipe's run: a cool-down that ends it earlier does not bend the schedule it starts from."""
+        assert self._run_length is not None, "known from on_fit_start on"
+        return self._run_length
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint records of the position in the run."""
@@ -149,6 +152,7 @@ class StepModule(L.LightningModule):
         }
 
     def on_fit_start(self) -> None:
+        self._run_length = RunLength(self.trainer.max_steps, self.tokens_per_step)
         if self.start_cool_down is not None:
             start, duration = self.start_cool_down
             self.schedule = CoolDown(self.schedule, start, duration)

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from llmrecipes.callbacks import GracefulStop
+from llmrecipes.callbacks import GracefulStop, Logging
 from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
 from llmrecipes.checkpoint import Checkpoints, newest_whole, read_info, read_tensors
 from llmrecipes.errors import UserError
+from llmrecipes.optim import RunLength
 from llmrecipes.recipe import Duration
 from llmrecipes.run.environment import record_launch
 from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done
@@ -43,10 +44,10 @@ def run(subcommand: str, args: list[str]) -> int:
 
 def fit(cli: RecipeCLI, folder: Path) -> int:
     """Train, from scratch or from the newest whole checkpoint of the run folder."""
-    owner = lock(folder)
-    start_log(folder)
+    _refuse_many_processes(cli)
     cli.datamodule.prepare_data()
-    cli.datamodule.setup("fit")
+    owner = lock(folder, must_hold_checkpoints=cli.settings["resume"] == "required")
+    start_log(folder)
     cli.model.trajectory = trajectory(cli)
     resume = decide_resume(folder, cli.settings["resume"], cli.model.trajectory)
     record_launch(folder, cli.resolved_recipe)
@@ -59,7 +60,8 @@ def fit(cli: RecipeCLI, folder: Path) -> int:
     if resume is not None and resume.step >= end:
         log.info(f"nothing to do: {resume.step} of {end} steps are done")
         return 0
-    for line in describe(cli):
+    (folder / "DONE").unlink(missing_ok=True)
+    for line in describe(cli, end):
         log.info(line)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     owner.close()
@@ -68,6 +70,14 @@ def fit(cli: RecipeCLI, folder: Path) -> int:
     mark_done(folder, cli.trainer.global_step)
     log.info(f"done: {cli.trainer.global_step} steps; run folder {folder}")
     return 0
+
+
+def _refuse_many_processes(cli: RecipeCLI) -> None:
+    if (ranks := cli.trainer.world_size) > 1:
+        raise UserError(
+            f"the recipe asks for {ranks} processes (trainer.devices x trainer.num_nodes); this version trains in one: "
+            "set trainer.devices and trainer.num_nodes to 1"
+        )
 
 
 def validate(cli: RecipeCLI, folder: Path) -> int:
@@ -79,7 +89,8 @@ def validate(cli: RecipeCLI, folder: Path) -> int:
         raise UserError(f"{folder}/checkpoints: no whole checkpoint to validate; train first with llmrecipes fit")
     cli.model.configure_model()
     cli.model.model.load_state_dict(read_tensors(path, "model"), strict=True)
-    log.info(f"validating {path} ({read_info(path)['step']} steps)")
+    cli.callback(Logging).validated_step = step = read_info(path)["step"]
+    log.info(f"validating {path} ({step} steps)")
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     return 0
 
@@ -88,21 +99,16 @@ def trajectory(cli: RecipeCLI) -> dict[str, Any]:
     """The settings that decide what is computed: equal ones give equal losses; a resumed run must not change them."""
     recipe = yaml.safe_load(cli.resolved_recipe)
     model = recipe["model"]["init_args"]
+    length = RunLength(cli.trainer.max_steps, cli.datamodule.tokens_per_step)
     data = {k: v for k, v in recipe["data"]["init_args"].items() if k not in FREE_DATA_KEYS}
     return {
         "seed": recipe["seed"],
         "model": {k: v for k, v in model.items() if k not in ("expected_params", "loss_chunk", "seed")},
-        "data": data | {"shards": cli.datamodule.fingerprint()},
-        "precision": recipe["trainer"]["precision"],
-        # With decay: null the schedule ends with the run: another length is then another schedule.
-        "decay_steps": cli.model.schedule.decay_steps(_run_length(cli)),
+        "data": data | {"shards": cli.datamodule.fingerprint()["train"]},
+        "trainer": {"precision": recipe["trainer"]["precision"]},
+        # With decay: null the schedule ends with the run: another trainer.max_steps is then another schedule.
+        "step at which the learning rate reaches its floor": cli.model.schedule.decay_steps(length),
     }
-
-
-def _run_length(cli: RecipeCLI) -> Any:
-    from llmrecipes.optim import RunLength
-
-    return RunLength(cli.trainer.max_steps, cli.datamodule.tokens_per_step)
 
 
 def _apply_cool_down(cli: RecipeCLI, resume: Resume | None) -> int:
@@ -125,8 +131,8 @@ def _apply_cool_down(cli: RecipeCLI, resume: Resume | None) -> int:
     return end
 
 
-def describe(cli: RecipeCLI) -> list[str]:
-    """What is about to run, in the log's first lines."""
+def describe(cli: RecipeCLI, end: int) -> list[str]:
+    """What is about to run up to step ``end``, for the log's first lines."""
     config, data, trainer = cli.model.config, cli.datamodule, cli.trainer
     sizes = f"model {config.num_params:,} parameters"
     if config.moe:
@@ -136,10 +142,10 @@ def describe(cli: RecipeCLI) -> list[str]:
         f"run folder {trainer.default_root_dir}",
         f"{sizes}; {trainer.precision} on {trainer.world_size} x {cli.trainer.strategy.root_device.type}",
         f"step: {data.global_batch} sequences x {data.seq_len} = {data.tokens_per_step:,} tokens, "
-        f"{accumulation} micro-batches; "
-        f"{trainer.max_steps} steps = {trainer.max_steps * data.tokens_per_step:,} tokens",
+        f"{accumulation} micro-batch{'es' if accumulation > 1 else ''}; "
+        f"{end} steps = {end * data.tokens_per_step:,} tokens",
     ]
-    return lines + data.describe()
+    return lines + data.describe(end)
 
 
 def quiet_lightning() -> None:

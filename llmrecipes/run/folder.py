@@ -28,12 +28,20 @@ class Resume:
     progress: dict[str, Any]
 
 
-def lock(folder: Path) -> IO[str]:
+def lock(folder: Path, must_hold_checkpoints: bool = False) -> IO[str]:
     """Own the folder until the process ends, however it ends.
 
+    Args:
+        folder: made when missing.
+        must_hold_checkpoints: there is something to resume from, or nothing is made.
+
     Raises:
-        UserError: another live process trains here.
+        UserError: another live process trains here, or there is nothing to resume from.
     """
+    if must_hold_checkpoints and not checkpoints(folder / "checkpoints"):
+        raise UserError(
+            f"{folder / 'checkpoints'}: nothing to resume from (resume: required); the first launch needs --resume auto"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("a+")
     try:
@@ -74,8 +82,6 @@ def decide_resume(folder: Path, resume: str, trajectory: dict[str, Any]) -> Resu
             raise UserError(
                 f"{root}: no checkpoint is whole; start again with --resume never (the old files are kept aside)"
             )
-        if resume == "required":
-            raise UserError(f"{root}: nothing to resume from (resume: required); the first launch needs --resume auto")
         log.info(f"starting fresh in {folder}: no checkpoint there")
         return None
     info = read_info(path)

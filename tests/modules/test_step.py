@@ -1,4 +1,4 @@
-"""The one optimizer step: the same gradients for every micro-batch, counts once per step, nothing applied when not finite."""
+"""The one optimizer step: equal gradients for every micro-batch, counts once per step, non-finite steps not applied."""
 
 from __future__ import annotations
 

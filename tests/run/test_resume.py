@@ -61,6 +61,7 @@ def test_mutant_without_rng_differs(tmp_path, recipe, monkeypatch, capsys):
 
     config = recipe(steps=12)
     config["model"]["init_args"]["schedule"]["init_args"]["decay"] = "12 steps"
+    config["trainer"]["val_check_interval"] = 6
     path = write_recipe(tmp_path, config)
     words = ["fit", "--config", str(path), "--run_root"]
     assert main([*words, str(tmp_path / "whole")]) == 0
@@ -130,7 +131,7 @@ def test_twenty_kills_at_random_instants_lose_nothing(tmp_path, recipe):
     assert len([r for r in whole if "loss" in r]) == steps
     assert killed == whole
     log = (tmp_path / "killed" / "moe" / "log.txt").read_text(encoding="utf-8")
-    assert 10 <= log.count("resuming from")
+    assert log.count("resuming from") >= 10
 
 
 def test_sigterm_saves_at_a_step_boundary_and_exits_75(tmp_path, recipe):

@@ -1,0 +1,57 @@
+"""The Trainer's loggers get what ``metrics.jsonl`` gets."""
+
+from __future__ import annotations
+
+import csv
+import os
+
+import pytest
+from helpers import cli, trajectory, write_recipe
+
+from llmrecipes.callbacks.logging import flatten
+
+
+def fit_with(folder, recipe, logger, **arguments):
+    recipe["trainer"]["logger"] = {"class_path": f"lightning.pytorch.loggers.{logger}", "init_args": arguments}
+    path = write_recipe(folder, recipe)
+    assert cli("fit", "--config", path, "--run_root", folder / "runs") == 0
+    return trajectory(folder / "runs" / recipe["name"])
+
+
+def test_csv(tmp_path, recipe):
+    records = fit_with(tmp_path, recipe(moe=True, steps=4), "CSVLogger", save_dir=str(tmp_path / "csv"))
+    (path,) = (tmp_path / "csv").rglob("metrics.csv")
+    with path.open(encoding="utf-8") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    assert len(rows) == len(records) == 5  # four steps and a validation
+    for row, record in zip(rows, records, strict=True):
+        expected = flatten(record)
+        assert {k: row[k] for k in expected} == expected
+    assert "expert_load/1/3" in rows[0]
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path, recipe, monkeypatch):
+    """No account, no network: the records are in a file that ``wandb sync`` takes later."""
+    wandb = pytest.importorskip("wandb")
+    for key in [key for key in os.environ if key.startswith("WANDB_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe(moe=True, steps=4)
+    try:
+        records = fit_with(tmp_path, recipe, "WandbLogger", project="test", save_dir=str(tmp_path), offline=True)
+    finally:
+        wandb.finish()
+        wandb.teardown()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    seen = 0
+    for record in records:
+        for name, value in flatten(record).items():
+            assert name.encode() in content
+            assert repr(value).encode() in content, (name, value)
+            seen += 1
+    assert seen > 4 * 15
