@@ -14,6 +14,17 @@ REPOSITORY = Path(__file__).parents[1]
 VOCAB = 64
 
 
+def pytest_configure(config):
+    """What :func:`llmrecipes.run.fit.quiet_lightning` silences for users; pytest has filters of its own."""
+    for message in (
+        "LightningCLI's args parameter",
+        r"\s*``instantiate_classes`` was deprecated",
+        r"\s*By default only one JsonargparseDeprecationWarning",
+        ".*treespec, LeafSpec",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> dict[str, Path]:
     """Two little sources of 64 ids with a pattern to learn, EOS 2."""

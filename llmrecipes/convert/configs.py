@@ -159,7 +159,7 @@ def config_to_hf(config: ModelConfig, max_seq_len: int | None = None) -> dict[st
         "rope_scaling": None if config.rope_scaling is None else rope,
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
+        "initializer_range": config.weight_std,
         "use_cache": True,
     }
     if family == "llama":

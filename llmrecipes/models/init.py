@@ -9,28 +9,34 @@ import torch
 from torch import Tensor
 
 from llmrecipes.models.decoder import Decoder
+from llmrecipes.recipe.model_config import ModelConfig
 
+EMBEDDINGS = ("embed.weight", "position_embed.weight", "head.weight")
 RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight", "experts.down_proj")
 
 
-def _std(name: str, tensor: Tensor, std: float, num_layers: int) -> float | None:
+def _std(name: str, tensor: Tensor, config: ModelConfig) -> float | None:
     """Standard deviation for a matrix; None for a vector (norm weights are one, biases zero)."""
     if tensor.ndim < 2:
         return None
-    return std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
+    if name in EMBEDDINGS:
+        return config.embedding_std
+    depth = math.sqrt(2 * config.num_layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
+    return config.weight_std / depth
 
 
 @torch.no_grad()
 def init_weights(model: Decoder, seed: int) -> None:
     """Fill every parameter in place, the same for any number of processes and any order of construction.
 
-    Matrices are N(0, init_std); the maps that write into the residual stream are divided by sqrt(2 num_layers) (GPT-2).
+    Matrices are N(0, weight_std), the maps that write into the residual stream divided by sqrt(2 num_layers) (GPT-2),
+    embeddings and head N(0, embedding_std).
     Norm weights are one, biases and the router's balancing bias zero. Each parameter has its own generator, seeded by
     crc32(name) ^ seed, and is drawn in fp32 whatever its type.
     """
     config = model.config
     for name, parameter in model.named_parameters():
-        std = _std(name, parameter, config.init_std, config.num_layers)
+        std = _std(name, parameter, config)
         if std is None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue

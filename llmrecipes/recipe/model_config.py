@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,7 +81,8 @@ class ModelConfig:
         embedding_norm: a norm right after the embedding (BLOOM).
         moe: the experts, or ``null`` for a dense model. moe_every: layer i has experts when (i + 1) % moe_every == 0.
         dropout: probability, on the embedding, the attention weights and each residual branch.
-        init_std: standard deviation of the normal initialisation (output projections: / sqrt(2 num_layers)).
+        init_std: standard deviation of the initial matrices; ``null`` = sqrt(2 / (5 dim)) (1910.05895). Maps into the
+            residual stream have it divided by sqrt(2 num_layers), embeddings and head at most 0.02.
     """
 
     vocab_size: int
@@ -105,7 +107,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
     moe_every: int = 1
     dropout: float = 0.0
-    init_std: float = 0.02
+    init_std: float | None = None
 
     def __post_init__(self) -> None:
         problems = list(self.problems())
@@ -138,6 +140,16 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one head."""
         return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of an initial matrix: one number for all widths starts small models far too small."""
+        return math.sqrt(2 / (5 * self.dim)) if self.init_std is None else self.init_std
+
+    @property
+    def embedding_std(self) -> float:
+        """Of the embedding and the head: small, so that the first loss is ln(vocab_size), not more."""
+        return min(self.weight_std, 0.02)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block ``layer`` (from 0) holds experts."""

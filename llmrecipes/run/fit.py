@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from llmrecipes.callbacks import GracefulStop, Logging
+from llmrecipes.callbacks import GracefulStop, Logging, draw_loss_curve
 from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
+from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
 from llmrecipes.checkpoint import Checkpoints, newest_whole, read_info, read_tensors
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
@@ -59,6 +60,8 @@ def fit(cli: RecipeCLI, folder: Path) -> int:
     end = _apply_cool_down(cli, resume)
     if resume is not None and resume.step >= end:
         log.info(f"nothing to do: {resume.step} of {end} steps are done")
+        if not (folder / "DONE").exists():
+            _finish(cli, folder, resume)
         return 0
     (folder / "DONE").unlink(missing_ok=True)
     for line in describe(cli, end):
@@ -70,6 +73,19 @@ def fit(cli: RecipeCLI, folder: Path) -> int:
     mark_done(folder, cli.trainer.global_step)
     log.info(f"done: {cli.trainer.global_step} steps; run folder {folder}")
     return 0
+
+
+def _finish(cli: RecipeCLI, folder: Path, resume: Resume) -> None:
+    """Make up for what a kill between the last checkpoint and the end of the run prevented."""
+    path = folder / "metrics.jsonl"
+    if not any("val_loss" in record and record["step"] == resume.step for record in read_metrics(path)):
+        _validate_checkpoint(cli, resume.path)
+        if cli.model.validation_metrics:
+            file = MetricsFile(path)
+            file.append({"step": resume.step, **cli.model.validation_metrics})
+            file.close()
+    draw_loss_curve(path, folder / "loss.png")
+    mark_done(folder, resume.step)
 
 
 def _refuse_many_processes(cli: RecipeCLI) -> None:
@@ -87,12 +103,16 @@ def validate(cli: RecipeCLI, folder: Path) -> int:
         log.warning(sentence)
     if path is None:
         raise UserError(f"{folder}/checkpoints: no whole checkpoint to validate; train first with llmrecipes fit")
+    _validate_checkpoint(cli, path)
+    return 0
+
+
+def _validate_checkpoint(cli: RecipeCLI, path: Path) -> None:
     cli.model.configure_model()
     cli.model.model.load_state_dict(read_tensors(path, "model"), strict=True)
     cli.callback(Logging).validated_step = step = read_info(path)["step"]
     log.info(f"validating {path} ({step} steps)")
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-    return 0
 
 
 def trajectory(cli: RecipeCLI) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, Samples
 from llmrecipes.checkpoint import Checkpoints
@@ -147,7 +148,10 @@ class RecipeCLI(LightningCLI):
         return next(c for c in callbacks if isinstance(c, kind))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer: Any = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:  # what only this machine can know: no GPU
+            raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
         saver = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         trainer.callbacks += [GracefulStop(saver.save), LossCurve()]
         return trainer

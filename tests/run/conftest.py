@@ -10,12 +10,14 @@ import pytest
 from helpers import cli, write_recipe
 
 from llmrecipes.callbacks import loss_curve
+from llmrecipes.run import fit as fit_module
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """tests/callbacks draws pictures; here each would cost as much as the run."""
-    monkeypatch.setattr(loss_curve, "draw_loss_curve", lambda metrics, picture: False)
+    for module in (loss_curve, fit_module):
+        monkeypatch.setattr(module, "draw_loss_curve", lambda metrics, picture: False)
 
 
 def steps_12(recipe, **data):

@@ -28,6 +28,9 @@ _MOST_LAYERS = 10_000
 
 def model_problems(facts: Facts) -> Iterator[Finding]:
     """Positive sizes first; only then what :class:`ModelConfig` itself refuses, and the parameter count."""
+    if facts.has(*MODEL, "seed"):
+        what = "model.init_args.seed has no effect: the recipe's own seed decides the weights"
+        yield Finding((*MODEL, "seed"), what, "write seed at the top level")
     bad = list(_sizes(facts))
     yield from bad
     moe = (*CONFIG, "moe")
