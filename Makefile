@@ -36,9 +36,12 @@ demo: data/demo/.done  ## from nothing to a trained little mixture of experts: c
 
 CORPUS ?= ../shared/data/corpus
 REAL_TEXT := $(foreach name,ja_wiki ja_novel ja_docs en,$(CORPUS)/$(name).jsonl.gz)
+REAL ?= data/real
+VOCAB ?= 16000
+SAMPLE ?= 30_000_000
 real: $(VENV)/.done  ## tokenizer and shards of a real corpus (CORPUS=folder); then see recipes/cpu/real_corpus.yaml
-	$(RUN) data tokenizer --input $(REAL_TEXT) --output data/real/tokenizer --vocab_size 16000 --sample_bytes 30_000_000
-	$(RUN) data tokenize --input $(REAL_TEXT) --tokenizer data/real/tokenizer --output_dir data/real/shards
+	$(RUN) data tokenizer --input $(REAL_TEXT) --output $(REAL)/tokenizer --vocab_size $(VOCAB) --sample_bytes $(SAMPLE)
+	$(RUN) data tokenize --input $(REAL_TEXT) --tokenizer $(REAL)/tokenizer --output_dir $(REAL)/shards
 
 check: $(VENV)/.done  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

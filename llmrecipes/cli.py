@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -101,6 +102,13 @@ def _train(name: str, words: list[str]) -> int:
         return run(name, words)
     except (TrainingStopped, CheckpointError) as error:
         print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"stopped: no space left on the disk ({error.filename}); free some and repeat the command", file=sys.stderr
+        )
         return 1
 
 

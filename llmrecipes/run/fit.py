@@ -125,7 +125,7 @@ def trajectory(cli: RecipeCLI) -> dict[str, Any]:
         "seed": recipe["seed"],
         "model": {k: v for k, v in model.items() if k not in ("expected_params", "loss_chunk", "seed")},
         "data": data | {"shards": cli.datamodule.fingerprint()["train"]},
-        "trainer": {"precision": recipe["trainer"]["precision"]},
+        "trainer": {"precision": cli.trainer.precision},
         # With decay: null the schedule ends with the run: another trainer.max_steps is then another schedule.
         "step at which the learning rate reaches its floor": cli.model.schedule.decay_steps(length),
     }
