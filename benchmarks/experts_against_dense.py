@@ -1,6 +1,6 @@
 """Experts against their dense twin of equal active parameters, on equal tokens of real text, over several seeds.
 
-python benchmarks/experts_against_dense.py [--seeds 1 2 3] [--jobs 2]
+python benchmarks/experts_against_dense.py [--seeds 1 2 3] [--variants dense balance_bias balance_loss] [--jobs 2]
 
 Runs `llmrecipes fit` nine times, finished or interrupted runs go on, and prints the validation losses as a table.
 Needs the shards named in experts_against_dense.yaml.
@@ -23,8 +23,8 @@ ROOT = Path("runs/experts_against_dense")
 MOE = "--model.init_args.config.moe"
 VARIANTS = {
     "dense": ["recipes/cpu/dense_pretrain.yaml"],
-    "balance_loss": ["recipes/cpu/moe_pretrain.yaml", f"{MOE}.balance=loss", f"{MOE}.balance_coef=0.01"],
     "balance_bias": ["recipes/cpu/moe_pretrain.yaml", f"{MOE}.balance=bias", f"{MOE}.bias_rate=0.01"],
+    "balance_loss": ["recipes/cpu/moe_pretrain.yaml", f"{MOE}.balance=loss", f"{MOE}.balance_coef=0.01"],
 }
 
 
@@ -49,12 +49,13 @@ def main() -> None:
     """Train what is not trained yet and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="dense is needed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda job: fit(*job), [(v, s) for s in arguments.seeds for v in VARIANTS]))
+        list(pool.map(lambda job: fit(*job), [(v, s) for s in arguments.seeds for v in arguments.variants]))
     dense = [final_loss("dense", seed) for seed in arguments.seeds]
-    for variant in VARIANTS:
+    for variant in arguments.variants:
         losses = [final_loss(variant, seed) for seed in arguments.seeds]
         against = [f"{100 * (loss / twin - 1):+.2f} %" for loss, twin in zip(losses, dense, strict=True)]
         shown = "  ".join(f"{loss:.4f} ({share})" for loss, share in zip(losses, against, strict=True))
