@@ -157,7 +157,7 @@ def test_cpu_twins_are_a_fair_pair():
     dense, moe = (read_recipe([ROOT / f"cpu/{kind}_pretrain.yaml"]).data for kind in ("dense", "moe"))
     active = [model_config(f"cpu/{kind}_pretrain.yaml").active_params for kind in ("dense", "moe")]
     assert active[1] == pytest.approx(active[0], rel=0.01)
-    assert model_config("cpu/moe_pretrain.yaml").num_params > 2 * active[1]
+    assert model_config("cpu/moe_pretrain.yaml").num_params > 1.5 * active[1]
     for recipe in (dense, moe):
         recipe.pop("name")
         recipe["model"]["init_args"]["config"].pop("moe", None)

@@ -243,6 +243,8 @@ def test_initial_weights_depend_on_seed_and_name_only():
             matrices += 1
             assert not torch.equal(parameter, dict(third.named_parameters())[name])
             expected = 0.2 / (2 if name.endswith(("attention.out.weight", "experts.down_proj")) else 1)
+            if name in ("embed.weight", "head.weight", "position_embed.weight"):
+                expected = 0.02  # at most: the first loss is to be ln(vocab_size)
             assert abs(parameter.std().item() / expected - 1) < 0.25
         else:
             assert torch.all(parameter == 1)
