@@ -1,8 +1,8 @@
 """Experts against their dense twin of equal active parameters, on equal tokens of real text, over several seeds.
 
-python benchmarks/experts_against_dense.py [--seeds 1 2 3] [--variants dense balance_bias balance_loss] [--jobs 2]
+python benchmarks/experts_against_dense.py [--seeds 1 2 3] [--steps 2500] [--jobs 2]
 
-Runs `llmrecipes fit` nine times, finished or interrupted runs go on, and prints the validation losses as a table.
+Runs `llmrecipes fit` nine times (finished runs are kept, interrupted ones go on) and prints the validation losses as a table.
 Needs the shards named in experts_against_dense.yaml.
 """
 
@@ -28,35 +28,52 @@ VARIANTS = {
 }
 
 
-def fit(variant: str, seed: int) -> None:
+def folder(steps: int, variant: str, seed: int) -> Path:
+    """Where a run is."""
+    return ROOT / str(steps) / f"{variant}-{seed}"
+
+
+def fit(steps: int, variant: str, seed: int) -> None:
     """Train one variant with one seed, on one thread."""
     recipe, *overrides = VARIANTS[variant]
     command = [sys.executable, "-m", "llmrecipes", "fit", "--config", recipe, "--config", OVERLAY, *overrides]
-    command += ["--run_root", str(ROOT), "--name", f"{variant}-{seed}", "--seed", str(seed)]
+    run = folder(steps, variant, seed)
+    command += [
+        "--run_root",
+        str(run.parent),
+        "--name",
+        run.name,
+        "--seed",
+        str(seed),
+        "--trainer.max_steps",
+        str(steps),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{variant}-{seed}: exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    print(f"{variant}-{seed} {final_loss(variant, seed):.4f}", flush=True)
+    print(f"{variant}-{seed} {final_loss(run):.4f}", flush=True)
 
 
-def final_loss(variant: str, seed: int) -> float:
+def final_loss(run: Path) -> float:
     """The last validation loss of a run, nats per token."""
-    return [r["val_loss"] for r in read_metrics(ROOT / f"{variant}-{seed}" / "metrics.jsonl") if "val_loss" in r][-1]
+    return [r["val_loss"] for r in read_metrics(run / "metrics.jsonl") if "val_loss" in r][-1]
 
 
 def main() -> None:
     """Train what is not trained yet and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=2500, help="of 2,048 tokens")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="dense is needed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda job: fit(*job), [(v, s) for s in arguments.seeds for v in arguments.variants]))
-    dense = [final_loss("dense", seed) for seed in arguments.seeds]
+        jobs = [(arguments.steps, variant, seed) for seed in arguments.seeds for variant in arguments.variants]
+        list(pool.map(lambda job: fit(*job), jobs))
+    dense = [final_loss(folder(arguments.steps, "dense", seed)) for seed in arguments.seeds]
     for variant in arguments.variants:
-        losses = [final_loss(variant, seed) for seed in arguments.seeds]
+        losses = [final_loss(folder(arguments.steps, variant, seed)) for seed in arguments.seeds]
         against = [f"{100 * (loss / twin - 1):+.2f} %" for loss, twin in zip(losses, dense, strict=True)]
         shown = "  ".join(f"{loss:.4f} ({share})" for loss, share in zip(losses, against, strict=True))
         mean = statistics.mean(losses)

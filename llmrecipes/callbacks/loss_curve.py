@@ -71,7 +71,7 @@ def _draw_losses(axis: Any, steps: list[dict[str, Any]], validations: list[dict[
         [r["tokens"] / 1e6 for r in steps],
         [r["loss"] for r in steps],
         linewidth=0.9,
-        color="tab:blue",
+        color="0.55",
         label="training",
     )
     per_step = steps[-1]["tokens"] / steps[-1]["step"] / 1e6
