@@ -2,7 +2,7 @@
 
 python benchmarks/experts_against_dense.py [--seeds 1 2 3] [--steps 2500] [--jobs 2]
 
-Runs `llmrecipes fit` nine times (finished runs are kept, interrupted ones go on) and prints the validation losses as a table.
+Runs `llmrecipes fit` nine times (finished runs are kept, interrupted ones go on) and prints the validation losses.
 Needs the shards named in experts_against_dense.yaml.
 """
 
