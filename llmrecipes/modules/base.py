@@ -8,13 +8,14 @@ Gradients are therefore the same for every split (Lightning's ``accumulate_grad_
 from __future__ import annotations
 
 import math
-import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from llmrecipes.checkpoint import checkpoints
 from llmrecipes.data.batch import Batch
 from llmrecipes.distributed import clip_grad_norm
 from llmrecipes.modules.loss_terms import LossTerm
@@ -72,7 +73,7 @@ class StepModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
-        step, started = self.trainer.global_step, time.perf_counter()
+        step = self.trainer.global_step
         counts = {"targets": batch.num_targets, "tokens": batch.num_tokens}
         micro_batches = batch.split(self.micro_batch)
         self.before_micro_batches(micro_batches, counts)
@@ -94,7 +95,6 @@ class StepModule(L.LightningModule):
             grad_norm=norm,
             lr=learning_rate,
             batch=batch,
-            seconds=time.perf_counter() - started,
         )
         self.after_step(self.last_step)
 
@@ -109,10 +109,10 @@ class StepModule(L.LightningModule):
         figures = {"gradient norm": float(norm), **{name: float(value) for name, value in losses.items()}}
         bad = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
         if bad:
-            raise TrainingStopped(
-                f"step {step + 1}: {', '.join(bad)}; the step was not applied. "
-                f"The newest good checkpoint is in {self.trainer.default_root_dir}/checkpoints (latest)."
-            )
+            root = Path(self.trainer.default_root_dir) / "checkpoints"
+            saved = checkpoints(root)
+            good = f"The last good checkpoint is {saved[-1]}." if saved else f"{root} holds no checkpoint yet."
+            raise TrainingStopped(f"step {step + 1}: {', '.join(bad)}; the step was not applied. {good}")
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Set the rate of optimizer step ``step`` (from 0) and return it."""

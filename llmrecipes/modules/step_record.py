@@ -21,7 +21,6 @@ class StepRecord:
         grad_norm: global norm before clipping.
         lr: the learning rate used.
         batch: this rank's share, for its digest.
-        seconds: duration of the step.
         extra: the stage's own figures, such as expert loads per layer.
     """
 
@@ -31,7 +30,6 @@ class StepRecord:
     grad_norm: Tensor
     lr: float
     batch: Batch
-    seconds: float
     extra: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
