@@ -38,7 +38,7 @@ class Logging(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        self._throughput = Throughput(step)
+        self._throughput = Throughput()
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "metrics.jsonl"
             self._validated = max((r["step"] for r in read_metrics(path) if "val_loss" in r), default=-1)

@@ -49,8 +49,7 @@ def clock(seconds: float) -> str:
 class Throughput:
     """Times steps. The rate counts the steps alone; the time to the end counts everything between them too."""
 
-    def __init__(self, first_step: int) -> None:
-        self._first_step = first_step
+    def __init__(self) -> None:
         self._step_started = self._started = time.perf_counter()
         self._seconds, self._tokens, self._seen = 0.0, 0, 0
 

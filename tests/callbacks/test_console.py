@@ -113,7 +113,7 @@ def test_throughput_counts_steps_for_the_rate_and_everything_for_the_forecast(mo
     """Steps of 2 s with 100 tokens, the first of 12 s; 1 s between steps for validation and saving."""
     now = [0.0]
     monkeypatch.setattr("llmrecipes.callbacks.throughput.time.perf_counter", lambda: now[0])
-    timer = Throughput(first_step=10)
+    timer = Throughput()
 
     def step(seconds, pause=1.0):
         timer.start_step()
