@@ -62,10 +62,14 @@ class Samples(L.Callback):
 
     def _write_if_due(self, trainer: L.Trainer, pl_module: Any) -> None:
         step, self._due = self._due, None
-        if step is None or not trainer.is_global_zero:
+        if step is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        # All ranks write the same texts, because each holds a part of the parameters; one keeps them.
         texts = [self._continue(pl_module, data.tokenizer, data.eos_id, p, i) for i, p in enumerate(self.prompts)]
+        pl_module.reshard()
+        if not trainer.is_global_zero:
+            return
         path = Path(trainer.default_root_dir) / "samples" / f"step={step:06d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")

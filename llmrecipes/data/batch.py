@@ -20,12 +20,14 @@ class Batch:
         labels: the next id at each position [B, T]; ``IGNORE`` = not trained on.
         document_lengths: per row the lengths of its documents, which sum to T; None = every row is one document.
         token_mask: [B, T], True = a real token; None = all are.
+        first_row: place of the first row in the global batch.
     """
 
     tokens: LongTensor | Tensor
     labels: LongTensor | Tensor
     document_lengths: list[list[int]] | None = None
     token_mask: BoolTensor | Tensor | None = None
+    first_row: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device; Lightning calls this."""
@@ -35,6 +37,7 @@ class Batch:
             self.labels.to(device, non_blocking=non_blocking),
             self.document_lengths,
             None if mask is None else mask.to(device, non_blocking=non_blocking),
+            self.first_row,
         )
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -45,6 +48,7 @@ class Batch:
             self.labels[start:stop],
             None if lengths is None else lengths[start:stop],
             None if mask is None else mask[start:stop],
+            self.first_row + start,
         )
 
     @property
@@ -55,20 +59,30 @@ class Batch:
     @property
     def num_targets(self) -> int:
         """Positions that are trained on."""
-        return int((self.labels != IGNORE).sum())
+        return int(self.counts()["targets"])
 
     @property
     def num_tokens(self) -> int:
         """Real tokens: those that are not padding."""
-        return self.tokens.numel() if self.token_mask is None else int(self.token_mask.sum())
+        return int(self.counts()["tokens"])
+
+    def counts(self) -> dict[str, Tensor]:
+        """``targets`` (positions trained on) and ``tokens`` (real ones) as int64 scalars: nobody waits for the device."""
+        targets, mask = (self.labels != IGNORE).sum(), self.token_mask
+        return {
+            "targets": targets,
+            "tokens": torch.full_like(targets, self.tokens.numel()) if mask is None else mask.sum(),
+        }
 
     def split(self, rows: int) -> list[Batch]:
         """Micro-batches of at most ``rows`` rows, without copying."""
         return [self.rows(start, start + rows) for start in range(0, self.num_rows, rows)]
 
-    def digest(self) -> str:
-        """Eight hex digits that tell two batches apart: CRC-32 over tokens, then labels."""
-        crc = 0
-        for part in (self.tokens, self.labels):
-            crc = zlib.crc32(part.detach().cpu().contiguous().numpy().data, crc)
-        return f"{crc:08x}"
+    def digest(self) -> int:
+        """A sum over rows, so that the ranks' shares add up to that of the whole step: CRC-32 of place, tokens, labels."""
+        tokens, labels = (part.detach().cpu().contiguous().numpy() for part in (self.tokens, self.labels))
+        total = 0
+        for row in range(len(tokens)):
+            place = (self.first_row + row).to_bytes(8, "little")
+            total += zlib.crc32(labels[row].data, zlib.crc32(tokens[row].data, zlib.crc32(place)))
+        return total

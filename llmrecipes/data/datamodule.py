@@ -217,7 +217,9 @@ class PackedShards(L.LightningDataModule):
         share = self.global_batch // self.data_ranks
         first = step * self.global_batch + self.data_rank * share
         source, window = self._order.samples(first, first + share)
-        return self._collate(self._train_sources, source, window)
+        batch = self._collate(self._train_sources, source, window)
+        batch.first_row = self.data_rank * share
+        return batch
 
     def _collate(self, sources: list[PackedSource], source: np.ndarray, window: np.ndarray) -> Batch:
         shape = (len(source), self.seq_len)

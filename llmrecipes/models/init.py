@@ -7,6 +7,7 @@ import zlib
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmrecipes.models.decoder import Decoder
 from llmrecipes.recipe.model_config import ModelConfig
@@ -23,6 +24,15 @@ def _std(name: str, tensor: Tensor, config: ModelConfig) -> float | None:
         return config.embedding_std
     depth = math.sqrt(2 * config.num_layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
     return config.weight_std / depth
+
+
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy ``values`` in, of which a sharded parameter keeps its own part."""
+    if isinstance(parameter, DTensor):
+        mine = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(mine.to_local())
+    else:
+        parameter.copy_(values)
 
 
 @torch.no_grad()
@@ -42,7 +52,7 @@ def init_weights(model: Decoder, seed: int) -> None:
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
         drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-        parameter.copy_(drawn)
+        _fill(parameter, drawn)
     for name, buffer in model.named_buffers():
         assert name.endswith("gate.bias"), f"no initial value is known for {name}"
         buffer.zero_()

@@ -111,10 +111,12 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(moe.num_experts, config.dim, moe.ffn_dim))
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
+        # Replaced from outside where experts live on several processes.
+        self.run: Callable[..., Tensor] = run_experts
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs for ``x`` [T, D]; ``weights``, ``experts`` [T, k]."""
-        return run_experts(x, weights, experts, self.gate_up_proj, self.down_proj, self.kind)
+        return self.run(x, weights, experts, self.gate_up_proj, self.down_proj, self.kind)
 
 
 class MoE(nn.Module):

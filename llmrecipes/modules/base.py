@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmrecipes.checkpoint import checkpoints
 from llmrecipes.data.batch import Batch
-from llmrecipes.distributed import clip_grad_norm
+from llmrecipes.data.order import derive_key
+from llmrecipes.distributed import ShardedStrategy, clip_grad_norm, packed_sum
+from llmrecipes.modules.host_copy import HostCopy
 from llmrecipes.modules.loss_terms import LossTerm
-from llmrecipes.modules.step_record import StepRecord
+from llmrecipes.modules.step_record import SkippedStep, StepRecord
 from llmrecipes.optim import AdamW, CoolDown, RunLength, Schedule
 from llmrecipes.recipe import Duration
 
@@ -28,27 +30,44 @@ class TrainingStopped(Exception):
     """Training cannot go on; the state on disk is safe. Says what happened and where to go on from."""
 
 
+class Guard(Protocol):
+    """Watches losses and gradient norms; see `llmrecipes.callbacks.StabilityGuard`."""
+
+    def skip_reason(self, step: int) -> str | None:
+        """Why the data of step ``step`` (from 1) is passed over, or None."""
+
+    def refuses(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether the update of ``step`` is to be left out: a boolean scalar on the device, equal on all ranks."""
+
+    def after_step(self, step: int, loss: float, grad_norm: float, refused: bool) -> None:
+        """Act on a finished step, before anything of it is saved."""
+
+
 class StepModule(L.LightningModule):
-    """Base of all stages: subclasses give ``model`` and :meth:`loss_terms`.
+    """Base of all stages: subclasses give :meth:`build_model` and :meth:`loss_terms`.
 
     Args:
         optimizer: how parameters are updated.
         schedule: the learning rate over the run.
         clip_norm: largest global gradient norm; ``null`` measures without clipping.
+        seed: of the initial weights and of dropout.
     """
 
     model: Any
 
-    def __init__(self, optimizer: AdamW, schedule: Schedule, clip_norm: float | None) -> None:
+    def __init__(self, optimizer: AdamW, schedule: Schedule, clip_norm: float | None, seed: int = 0) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.optimizer_recipe = optimizer
         self.schedule = schedule
         self.clip_norm = clip_norm
-        self.last_step: StepRecord | None = None
+        self.seed = seed
+        self.guard: Guard | None = None
+        self.last_step: StepRecord | SkippedStep | None = None
         self.validation_loss: float | None = None
         self.validation_metrics: dict[str, float] = {}
         self._validation: dict[int, tuple[float, int]] = {}
+        self._unsettled: tuple[int, HostCopy] | None = None
         # Set by whoever launches the run: what decides its trajectory, and a fall of the rate to its end.
         self.trajectory: dict[str, Any] | None = None
         self.start_cool_down: tuple[int, Duration] | None = None
@@ -56,63 +75,160 @@ class StepModule(L.LightningModule):
 
     # ---- what a stage defines
 
+    def build_model(self) -> nn.Module:
+        """The model, with any values; may be called under the meta device."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def init_model(self) -> None:
+        """Fill the parameters of ``self.model``, whole or sharded, in place."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         """The parts of one micro-batch's loss, as sums with gradients; ``loss`` is the one to report and validate."""
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def before_micro_batches(self, micro_batches: list[Batch], counts: dict[str, int]) -> None:
+    def before_micro_batches(self, micro_batches: list[Batch], counts: dict[str, Tensor]) -> None:
         """Called once per step before the first forward."""
 
-    def after_step(self, record: StepRecord) -> None:
-        """Called once per step after the parameters moved; adds the stage's own figures to the record."""
+    def step_sums(self) -> dict[str, Tensor]:
+        """This rank's share of the stage's own figures of the step: summed over ranks along with the losses."""
+        return {}
 
-    # ---- the step
+    def after_step(self, record: StepRecord, sums: dict[str, Tensor], applied: Tensor) -> None:
+        """Called once per step after the parameters moved; adds the stage's own figures to the record.
+
+        Args:
+            record: of the step. sums: `step_sums` over all ranks. applied: whether the update was made, on the device.
+        """
+
+    # ---- the model
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, ShardedStrategy):
+            # Never whole on any process: built without storage, divided, then filled.
+            with torch.device("meta"):
+                self.model = self.build_model()
+            strategy.parallelize(self.model)
+            self.model.to_empty(device=strategy.parameter_device)
+        else:
+            self.model = self.build_model()
+        self.init_model()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer_recipe.build(self.model.named_parameters())
 
+    # ---- the step
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        optimizer: Any = self.optimizers()
+        self.settle()
         step = self.trainer.global_step
-        counts = {"targets": batch.num_targets, "tokens": batch.num_tokens}
+        reason = self.guard.skip_reason(step + 1) if self.guard else None
+        if reason is not None:
+            self._pass_over(step, reason)
+            return
+        optimizer: Any = self.optimizers()
+        sums, norm = self._gradients(step, batch)
+        refused = self._refused(step, sums, norm)
+        learning_rate = self.set_learning_rate(optimizer.optimizer, step)
+        self._update(optimizer, refused)
+        losses = {name: sums.pop(name) for name in self._loss_names}
+        self.last_step = StepRecord(step + 1, self.tokens_at(step + 1), losses, norm, learning_rate, batch)
+        self.after_step(self.last_step, sums, ~refused)
+        self._unsettled = step + 1, HostCopy(torch.stack([losses["loss"].double(), norm.double(), refused.double()]))
+        if self.device.type == "cpu":
+            self.settle()
+
+    def _gradients(self, step: int, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of the whole step, clipped; returns losses and the stage's figures over all ranks, and the norm."""
+        counts = packed_sum(batch.counts(), self.device)
         micro_batches = batch.split(self.micro_batch)
+        first = batch.first_row // self.micro_batch
         self.before_micro_batches(micro_batches, counts)
         sums: dict[str, Tensor] = {}
-        for micro_batch in micro_batches:
+        for i, micro_batch in enumerate(micro_batches):
+            self.seed_micro_batch(step, first + i)
+            self._prepare_micro_batch(is_last=i == len(micro_batches) - 1)
             terms = self.loss_terms(micro_batch)
             self._backward(terms, counts)
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.sum.detach() / max(1, counts[term.per])
-        norm = clip_grad_norm(self.model.parameters(), self.clip_norm)
-        self._refuse_non_finite(step, sums, norm)
-        learning_rate = self.set_learning_rate(optimizer.optimizer, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.last_step = StepRecord(
-            step=step + 1,
-            tokens=(step + 1) * self.tokens_per_step,
-            losses=sums,
-            grad_norm=norm,
-            lr=learning_rate,
-            batch=batch,
-        )
-        self.after_step(self.last_step)
+                sums[name] = sums.get(name, 0.0) + term.sum.detach() / counts[term.per].clamp_min(1)
+        self._loss_names = list(sums)
+        sums = packed_sum(sums | self.step_sums(), self.device)
+        return sums, clip_grad_norm(self.model.parameters(), self.clip_norm, self.device)
 
-    def _backward(self, terms: dict[str, LossTerm], counts: dict[str, int]) -> None:
-        parts = [term.sum * (term.weight / max(1, counts[term.per])) for term in terms.values() if term.weight]
+    def seed_micro_batch(self, step: int, index: int) -> None:
+        """Dropout is a function of (seed, step, micro-batch): the same on any number of ranks, and after a resume."""
+        torch.manual_seed(derive_key(self.seed, step, index) >> 1)
+
+    def _prepare_micro_batch(self, is_last: bool) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.prepare_micro_batch(self.model, is_last)
+
+    def _backward(self, terms: dict[str, LossTerm], counts: dict[str, Tensor]) -> None:
+        parts = [term.sum * (term.weight / counts[term.per].clamp_min(1)) for term in terms.values() if term.weight]
         # The forward runs under autocast; its backward repeats the forward's types and must not be cast again.
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(torch.stack([part.to(parts[0].dtype) for part in parts]).sum())
 
-    def _refuse_non_finite(self, step: int, losses: dict[str, Tensor], norm: Tensor) -> None:
-        """Stop before the update is applied: the parameters on the device are still the last good ones."""
-        figures = {"gradient norm": float(norm), **{name: float(value) for name, value in losses.items()}}
-        bad = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
-        if bad:
-            root = Path(self.trainer.default_root_dir) / "checkpoints"
-            saved = checkpoints(root)
-            good = f"The last good checkpoint is {saved[-1]}." if saved else f"{root} holds no checkpoint yet."
-            raise TrainingStopped(f"step {step + 1}: {', '.join(bad)}; the step was not applied. {good}")
+    def _refused(self, step: int, losses: dict[str, Tensor], norm: Tensor) -> Tensor:
+        """Whether the update is left out, decided on the device from figures that all ranks share."""
+        figures = torch.stack([norm.float(), *(losses[name].float() for name in self._loss_names)])
+        refused = ~torch.isfinite(figures).all()
+        if self.guard is not None:
+            refused = refused | self.guard.refuses(step + 1, losses["loss"], norm)
+        return refused
+
+    def _update(self, optimizer: Any, refused: Tensor) -> None:
+        """One optimizer step, which a refused gradient leaves without effect: no wait for the device to know."""
+        if getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
+            optimizer.optimizer.found_inf = refused.float().to(_state_device(optimizer.optimizer))
+            optimizer.optimizer.grad_scale = None
+        elif bool(refused):
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _pass_over(self, step: int, reason: str) -> None:
+        """Count a step without making it: its data is consumed, nothing moves."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+        self.last_step = SkippedStep(step + 1, self.tokens_at(step + 1), reason)
+
+    def reshard(self) -> None:
+        """After forward passes without a backward pass: every process keeps its share of the parameters only."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.reshard(self.model)
+
+    def settle(self) -> None:
+        """Look at the last step's figures, and act on them, before anything builds on it.
+
+        On a GPU that is when the next step begins or something is saved or logged: no step waits for its own figures.
+
+        Raises:
+            TrainingStopped: they are not finite, and nobody else knows what to do.
+        """
+        if self._unsettled is None:
+            return
+        (step, figures), self._unsettled = self._unsettled, None
+        loss, norm, refused = figures.tolist()
+        if self.guard is not None:
+            self.guard.after_step(step, loss, norm, bool(refused))
+        elif refused:
+            raise self.non_finite(step, loss, norm)
+
+    def non_finite(self, step: int, loss: float, grad_norm: float) -> TrainingStopped:
+        """What to raise after a step with figures that are not finite."""
+        named = {"gradient norm": grad_norm, "loss": loss}
+        bad = [f"{name} is {value}" for name, value in named.items() if not math.isfinite(value)] or ["a loss term"]
+        root = Path(self.trainer.default_root_dir) / "checkpoints"
+        saved = checkpoints(root)
+        good = f"The last good checkpoint is {saved[-1]}." if saved else f"{root} holds no checkpoint yet."
+        return TrainingStopped(f"step {step}: {', '.join(bad)}; the step was not applied. {good}")
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Set the rate of optimizer step ``step`` (from 0) and return it."""
@@ -131,6 +247,10 @@ class StepModule(L.LightningModule):
     def tokens_per_step(self) -> int:
         """Token slots of one optimizer step: global batch x sequence length."""
         return self.trainer.datamodule.tokens_per_step  # type: ignore[attr-defined]
+
+    def tokens_at(self, step: int) -> int:
+        """Token slots consumed after ``step`` steps."""
+        return step * self.tokens_per_step
 
     @property
     def run_length(self) -> RunLength:
@@ -169,11 +289,18 @@ class StepModule(L.LightningModule):
         self._validation[dataloader_idx] = (before + float(total), count + batch.num_targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Loss per validation set, and over all their tokens."""
+        """Loss per validation set, and over all their tokens, over all ranks."""
+        self.reshard()
         names = self.trainer.datamodule.valid_names  # type: ignore[attr-defined]
-        sums = {names[i]: pair for i, pair in sorted(self._validation.items())}
+        pairs = torch.tensor([self._validation.get(i, (0.0, 0)) for i in range(len(names))], dtype=torch.float64)
+        pairs = packed_sum({"pairs": pairs}, self.device)["pairs"]
+        sums = dict(zip(names, pairs.tolist(), strict=True))
         total, count = (sum(column) for column in zip(*sums.values(), strict=True)) if sums else (0.0, 0)
         self.validation_metrics = {f"val_loss/{name}": s / c for name, (s, c) in sums.items() if c}
         self.validation_loss = total / count if count else None
         if self.validation_loss is not None:
             self.validation_metrics["val_loss"] = self.validation_loss
+
+
+def _state_device(optimizer: torch.optim.Optimizer) -> torch.device:
+    return optimizer.param_groups[0]["params"][0].device

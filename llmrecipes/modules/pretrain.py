@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from llmrecipes.data.batch import Batch
+from llmrecipes.distributed import all_reduce_sum
 from llmrecipes.errors import UserError
 from llmrecipes.losses import balance_sum, bias_update, linear_cross_entropy
 from llmrecipes.models import Decoder, DecoderOutput, ModelConfig, Routing, init_weights
 from llmrecipes.models.moe import MoE
 from llmrecipes.modules.base import StepModule
 from llmrecipes.modules.loss_terms import LossTerm
-from llmrecipes.modules.routing_stats import StepRouting
+from llmrecipes.modules.routing_stats import StepRouting, routing_figures
 from llmrecipes.modules.step_record import StepRecord
 from llmrecipes.optim import AdamW, Schedule
 
@@ -30,7 +31,7 @@ class PretrainModule(StepModule):
         expected_params: refuse to start when the model has another number of parameters; a forgotten size is a lost
             month.
         loss_chunk: rows of the logits that exist at a time.
-        seed: of the initial weights; linked to the recipe's ``seed``.
+        seed: of the initial weights and of dropout; linked to the recipe's ``seed``.
     """
 
     def __init__(
@@ -43,18 +44,17 @@ class PretrainModule(StepModule):
         loss_chunk: int = 1024,
         seed: int = 0,
     ) -> None:
-        super().__init__(optimizer, schedule, clip_norm)
+        super().__init__(optimizer, schedule, clip_norm, seed)
         self.config = config
         self.loss_chunk = loss_chunk
-        self.seed = seed
         if expected_params is not None and config.num_params != expected_params:
             raise UserError(f"the model has {config.num_params:,} parameters, expected_params says {expected_params:,}")
         self._routing: StepRouting | None = None
 
-    def configure_model(self) -> None:
-        if hasattr(self, "model"):
-            return
-        self.model = Decoder(self.config)
+    def build_model(self) -> Decoder:
+        return Decoder(self.config)
+
+    def init_model(self) -> None:
         init_weights(self.model, self.seed)
 
     def _forward(self, batch: Batch) -> DecoderOutput:
@@ -80,36 +80,41 @@ class PretrainModule(StepModule):
         terms = {"z_loss": LossTerm(z, "tokens", moe.z_loss_coef)}
         if moe.balance != "loss":
             return terms
-        counts, tokens = step.counts_for_loss, step.tokens_for_loss
+        counts, tokens = step.counts_for_loss()
         balance = [balance_sum(r.prob_sum, counts[i], tokens, moe.top_k) for i, r in enumerate(routing)]
         return terms | {"aux_loss": LossTerm(torch.stack(balance).mean(), "tokens", moe.balance_coef)}
 
-    def before_micro_batches(self, micro_batches: list[Batch], counts: dict[str, int]) -> None:
+    def before_micro_batches(self, micro_batches: list[Batch], counts: dict[str, Tensor]) -> None:
         moe = self.config.moe
         if moe is None:
             return
         self._routing = StepRouting(counts["tokens"])
         if moe.balance == "loss" and moe.balance_counts == "step" and len(micro_batches) > 1:
-            self._routing.known = self._count_whole_step(micro_batches)
+            self._routing.known = all_reduce_sum(self._count_share(micro_batches))
 
     @torch.no_grad()
-    def _count_whole_step(self, micro_batches: list[Batch]) -> Tensor:
-        """Tokens per expert of the whole step, [layers, E], by one more forward with the dropout of the one to come."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            outputs = [self._forward(b).routing for b in micro_batches]
-        counts = torch.stack([torch.stack([r.counts for r in routing]) for routing in outputs]).sum(0)
+    def _count_share(self, micro_batches: list[Batch]) -> Tensor:
+        """Tokens per expert of this rank's share, [layers, E], by one more forward with the dropout of the one to come."""
+        total: Tensor | None = None
+        for i, batch in enumerate(micro_batches):
+            self.seed_micro_batch(self.trainer.global_step, micro_batches[0].first_row // self.micro_batch + i)
+            counts = torch.stack([r.counts for r in self._forward(batch).routing])
+            total = counts if total is None else total + counts
         # Weights that autocast cast here were cast without a graph and must not be found by the forward that needs one.
         torch.clear_autocast_cache()
-        return counts
+        assert total is not None
+        return total
 
-    def after_step(self, record: StepRecord) -> None:
+    def step_sums(self) -> dict[str, Tensor]:
+        return self._routing.sums() if self._routing is not None else {}
+
+    def after_step(self, record: StepRecord, sums: dict[str, Tensor], applied: Tensor) -> None:
         moe = self.config.moe
         if moe is None:
             return
-        assert self._routing is not None
         if moe.balance == "bias":
-            self._move_routing_bias(bias_update(self._routing.counts, moe.bias_rate))
-        record.extra |= self._routing.figures(moe.top_k)
+            self._move_routing_bias(bias_update(sums["counts"], moe.bias_rate) * applied)
+        record.extra |= routing_figures(sums, moe.top_k)
 
     @torch.no_grad()
     def _move_routing_bias(self, change: Tensor) -> None:

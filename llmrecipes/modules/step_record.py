@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmrecipes.data.batch import Batch
+from llmrecipes.distributed import all_reduce_sum
 
 
 @dataclass
 class StepRecord:
-    """Tensors stay on the device until somebody asks: steps that are not logged cost no synchronisation.
+    """Figures of the whole step, over all ranks. Tensors stay on the device until somebody asks.
 
     Args:
         step: optimizer steps done, this one included.
@@ -33,10 +35,33 @@ class StepRecord:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values at full precision."""
+        """Plain values at full precision. All ranks call it together: the digest is of all their shares."""
         record: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
         record |= {name: float(value) for name, value in self.losses.items()}
-        record |= {"grad_norm": float(self.grad_norm), "lr": self.lr, "batch": self.batch.digest()}
+        record |= {"grad_norm": float(self.grad_norm), "lr": self.lr, "batch": self.digest()}
         return record | {
             name: value.tolist() if isinstance(value, Tensor) else value for name, value in self.extra.items()
         }
+
+    def digest(self) -> str:
+        """Eight hex digits that tell two global batches apart, however many ranks share them."""
+        total = torch.tensor(self.batch.digest(), dtype=torch.int64, device=self.grad_norm.device)
+        return f"{int(all_reduce_sum(total)) % 2**32:08x}"
+
+
+@dataclass
+class SkippedStep:
+    """A step whose data was passed over: no gradient, no update.
+
+    Args:
+        step, tokens: as in `StepRecord`; its tokens count as consumed.
+        reason: why.
+    """
+
+    step: int
+    tokens: int
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"step": self.step, "tokens": self.tokens, "skipped": self.reason}

@@ -174,14 +174,14 @@ def test_non_finite_step_is_not_applied(value):
     kept = {}
 
     class Remember(Poisoned):
-        def _refuse_non_finite(self, *args):
+        def _refused(self, *args):
             kept.update(model=self)
-            return super()._refuse_non_finite(*args)
+            return super()._refused(*args)
 
     with pytest.raises(TrainingStopped, match=r"step 3: .*the step was not applied.*checkpoints"):
         train("dense", 4, steps=5, module_class=Remember)
     model = kept["model"]
-    assert model.trainer.global_step == 2
+    assert model.trainer.global_step == 3  # counted, and without effect
     for name, parameter in model.model.named_parameters():
         assert torch.equal(parameter, model.before[name]), name
 

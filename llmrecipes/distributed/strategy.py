@@ -1,0 +1,176 @@
+"""The one strategy: how many processes share a model, chosen by name in the recipe."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from llmrecipes.distributed.expert_parallel import divide_experts
+from llmrecipes.distributed.recompute import Recompute, recompute_blocks
+from llmrecipes.distributed.sharding import Sharding, prepare_micro_batch, shard_model
+from llmrecipes.errors import UserError
+from llmrecipes.recipe.mesh import ALIASES, KEEPS_GATHERED, OFFLOADABLE, MeshSizes, Mode, mesh_sizes
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Data parallelism with shared parameters, gradients and optimizer state (FSDP2), on GPUs and CPUs.
+
+    | mode | each process keeps | copies |
+    |---|---|---|
+    | ``no_shard`` | everything | one per process |
+    | ``shard_grad_op`` (``zero2``) | a share; parameters stay gathered between forward and backward | one |
+    | ``full_shard`` (``zero3``) | a share; parameters are gathered block by block, twice | one |
+    | ``hybrid_shard`` | as ``full_shard`` inside a node | one per node |
+    | ``hybrid_shard_zero2`` | as ``shard_grad_op`` inside a node | one per node |
+
+    Args:
+        mode: what is shared.
+        cpu_offload: keep parameters, gradients and optimizer state in host memory (``shard_grad_op``, ``full_shard``).
+        activation_checkpointing: recompute activations in the backward pass: ``full`` keeps a block's input only,
+            ``selective`` the results of matrix products and attention too.
+        expert_parallel: processes of a node among which the experts of a layer are divided; tokens travel instead of
+            weights.
+        mesh: ``[replicate, shard]`` for hybrid modes; ``null`` = a copy per node, shared by its processes.
+        reduce_every_micro_batch: share out gradients after every micro-batch, which needs no room for whole gradients,
+            or once per step, which needs less traffic; ``null`` = once for ``no_shard``, else every time.
+        timeout: seconds after which a rank that does not answer ends the job.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "full_shard",
+        cpu_offload: bool = False,
+        activation_checkpointing: Recompute = "none",
+        expert_parallel: int = 1,
+        mesh: list[int] | None = None,
+        reduce_every_micro_batch: bool | None = None,
+        timeout: float = 600.0,
+        process_group_backend: Literal["gloo", "nccl"] | None = None,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=1,
+            tensor_parallel_size=1,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout),
+        )
+        self.mode = ALIASES.get(mode, mode)
+        if cpu_offload and self.mode not in OFFLOADABLE:
+            raise UserError(f"trainer.strategy: cpu_offload works with {' and '.join(OFFLOADABLE)}, not with {mode}")
+        self.cpu_offload = cpu_offload
+        self.activation_checkpointing = activation_checkpointing
+        self.expert_parallel = expert_parallel
+        self.mesh_asked = mesh
+        self.timeout = timeout
+        every = self.mode != "no_shard" if reduce_every_micro_batch is None else reduce_every_micro_batch
+        self.reduce_every_micro_batch = every
+        self.sizes: MeshSizes | None = None
+
+    # ---- the mesh
+
+    def setup_environment(self) -> None:
+        """Join the process group and build the mesh; refuses sizes that do not fit, with the numbers."""
+        ParallelStrategy.setup_environment(self)
+        self.sizes = self.plan_mesh()
+        self._setup_distributed()
+        assert self.lightning_module is not None
+        self._device_mesh = self._dense_mesh(self.sizes)
+        self._data_mesh = (
+            self._device_mesh._flatten("data_parallel") if self._device_mesh.ndim > 1 else self._device_mesh
+        )
+        self._expert_mesh = self._make_expert_mesh(self.sizes)
+        self.lightning_module._device_mesh = self._device_mesh
+
+    def plan_mesh(self) -> MeshSizes:
+        """The mesh that this job's nodes and processes form.
+
+        Raises:
+            UserError: it does not fit.
+        """
+        try:
+            return mesh_sizes(self.mode, self.num_nodes, self.num_processes, self.mesh_asked, self.expert_parallel)
+        except ValueError as error:
+            raise UserError(f"trainer.strategy: {error}") from None
+
+    def _dense_mesh(self, sizes: MeshSizes) -> DeviceMesh:
+        device = self.root_device.type
+        if sizes.replicate == 1:
+            return init_device_mesh(device, (sizes.shard,), mesh_dim_names=("shard",))
+        return init_device_mesh(device, (sizes.replicate, sizes.shard), mesh_dim_names=("replicate", "shard"))
+
+    def _make_expert_mesh(self, sizes: MeshSizes) -> DeviceMesh | None:
+        if sizes.expert == 1:
+            return None
+        return init_device_mesh(
+            self.root_device.type, sizes.experts, mesh_dim_names=("expert_replicate", "expert_shard", "expert")
+        )
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every process has its own share of each step."""
+        return {"num_replicas": self._data_mesh.size(), "rank": self._data_mesh.get_local_rank()}
+
+    def describe(self) -> str:
+        """The mesh in words, for the log."""
+        assert self.sizes is not None
+        parts = [f"{self.mode}: {self.sizes.replicate} x {self.sizes.shard} (copies x processes that share one)"]
+        if self.sizes.expert > 1:
+            parts.append(f"experts divided among {self.sizes.expert}")
+        if self.cpu_offload:
+            parts.append("parameters offloaded to the host")
+        if self.activation_checkpointing != "none":
+            parts.append(f"{self.activation_checkpointing} activation checkpointing")
+        return ", ".join(parts)
+
+    # ---- the model
+
+    def parallelize(self, model: nn.Module) -> None:
+        """Divide experts, recompute activations, share parameters: block by block, in this order, in place.
+
+        Args:
+            model: on the meta device or not; a decoder with ``layers``.
+        """
+        if self._expert_mesh is not None:
+            divide_experts(model, self._expert_mesh["expert"])
+        recompute_blocks(model, self.activation_checkpointing)
+        half = getattr(self.precision_plugin, "precision", None) == "bf16-mixed"
+        sharding = Sharding(
+            mesh=self.device_mesh,
+            expert_mesh=None if self._expert_mesh is None else self._expert_mesh["expert_replicate", "expert_shard"],
+            compute_dtype=torch.bfloat16 if half else None,
+            reshard_after_forward=self.mode not in KEEPS_GATHERED,
+            cpu_offload=self.cpu_offload,
+            pin_memory=self.root_device.type == "cuda",
+        )
+        shard_model(model, sharding)
+
+    def prepare_micro_batch(self, model: nn.Module, is_last: bool) -> None:
+        """Tell the blocks whether the coming backward pass ends the step."""
+        prepare_micro_batch(model, is_last, self.reduce_every_micro_batch, keeps_gathered=self.mode in KEEPS_GATHERED)
+
+    @staticmethod
+    def reshard(model: nn.Module) -> None:
+        """Drop whatever is gathered: a forward pass without a backward pass leaves the root's parameters whole."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @property
+    def parameter_device(self) -> torch.device:
+        """Where parameters live between steps."""
+        return torch.device("cpu") if self.cpu_offload else self.root_device
+
+    def model_to_device(self) -> None:
+        """Parameters are in place already; with offload they must not follow the buffers to the device."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.root_device))
