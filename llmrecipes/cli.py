@@ -9,9 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from llmrecipes import __version__
 from llmrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from llmrecipes.process import StopSignals
 
 TRAINER_COMMANDS = {
     "fit": "train from a recipe; goes on by itself where it stopped",
@@ -19,6 +23,7 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "check": ("llmrecipes.recipe.check", "main", "every mistake in recipes at once, without starting anything"),
+    "convert": ("llmrecipes.convert.commands", "main", "checkpoints in and out, each verifies itself"),
     "data": ("llmrecipes.cli", "data", "corpora, tokenizers and token shards, stage by stage"),
 }
 
@@ -50,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"llmrecipes {__version__}")
         return 0
     try:
-        return _command(words[0])(words[1:])
+        return _command(words[0], process_ends=argv is None)(words[1:])
     except UserError as error:
         for problem in error.problems:
+            problem = _of_rank() + problem
             # A problem that begins with its place is printed as compilers do, so that editors find the line.
             place = re.match(r"\s|\S+:\d+: |command line: ", problem)
             print(problem if place else f"error: {problem}", file=sys.stderr)
@@ -63,9 +69,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _command(name: str) -> Callable[[list[str]], int]:
+def _of_rank() -> str:
+    """What a message of another process than the first begins with."""
+    from llmrecipes.process import rank_name
+
+    return f"[{rank_name()}] " if rank_name() else ""
+
+
+def _command(name: str, process_ends: bool) -> Callable[[list[str]], int]:
     if name in TRAINER_COMMANDS:
-        return lambda words: _train(name, words)
+        return lambda words: _train(name, words, process_ends)
     if name in COMMANDS:
         module, function, _ = COMMANDS[name]
         return getattr(importlib.import_module(module), function)
@@ -87,21 +100,39 @@ def data(words: list[str]) -> int:
     return 0
 
 
-def _train(name: str, words: list[str]) -> int:
+def _train(name: str, words: list[str], process_ends: bool) -> int:
+    """Before anything else, outlive no launcher and lose no signal."""
+    from llmrecipes.process import StopSignals, release_signals, start_as_child
+
+    start_as_child()
+    only_tells = bool({"-h", "--help", "--print_config"} & {word.partition("=")[0] for word in words})
+    if name != "fit" or only_tells:
+        release_signals()
+        return _run(name, words, only_tells, None)
+    with StopSignals(process_ends) as signals:
+        return _run(name, words, only_tells, signals)
+
+
+def _run(name: str, words: list[str], only_tells: bool, signals: StopSignals | None) -> int:
     """Check the recipe in a second, before torch and Lightning are even imported."""
-    if not {"-h", "--help", "--print_config"} & {word.partition("=")[0] for word in words}:
+    if not only_tells:
         from llmrecipes.recipe.check import check_arguments
 
         check_arguments(words)
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # must be set before torch loads its threads; see docs/decisions.md
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # pages about closed connections; the errors say the same
     from llmrecipes.checkpoint import CheckpointError
+    from llmrecipes.errors import RankFailure
     from llmrecipes.modules import TrainingStopped
     from llmrecipes.run.fit import run
 
     try:
-        return run(name, words)
+        return run(name, words, signals)
     except (TrainingStopped, CheckpointError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"{_of_rank()}stopped: {error}", file=sys.stderr)
+        return 1
+    except RankFailure as error:
+        print(f"{_of_rank()}error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -12,3 +12,7 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class RankFailure(Exception):
+    """A process of the job is missing, dead or hung: one line that names it. The command ends with exit code 1."""

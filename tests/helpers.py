@@ -43,3 +43,11 @@ def cli(*words: object) -> int:
     from llmrecipes.cli import main
 
     return main([str(word) for word in words])
+
+
+def saved_tensors(run: Path, step: int) -> dict[str, bytes]:
+    """Every tensor file of a checkpoint: weights, optimizer, generators."""
+    folder = run / "checkpoints" / f"step={step:06d}"
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    assert {name.partition("/")[0].partition("-")[0] for name in files} == {"model", "optimizer", "rng"}, sorted(files)
+    return files

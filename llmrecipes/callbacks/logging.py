@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 from tqdm import tqdm
 
-from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
+from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics, rewind_metrics
 from llmrecipes.callbacks.throughput import Throughput, clock, known_peak, peak_memory
 
 log = logging.getLogger("llmrecipes")
@@ -52,16 +52,35 @@ class Logging(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self._throughput is not None
-        self._throughput.end_step(pl_module.tokens_per_step)
+        if not pl_module.passed_over:
+            self._throughput.end_step(pl_module.tokens_per_step)
         if self._bar is not None:
             self._bar.update(1)
-        step = trainer.global_step
-        if step % self.every == 0 or step in (1, trainer.max_steps):
+        if self.is_due(trainer.global_step, trainer):
+            pl_module.settle()
             self._log_step(trainer, pl_module)
+
+    def is_due(self, step: int, trainer: L.Trainer) -> bool:
+        """Whether the step is one to log."""
+        return step % self.every == 0 or step in (1, trainer.max_steps)
+
+    def rewind(self, step: int, then: list[dict[str, Any]], saved: Path | None) -> None:
+        """Cut the metrics file back to ``step`` and add records; on the rank that writes it.
+
+        Args:
+            then: records to add. saved: a copy of the file as of that step.
+        """
+        assert self._file is not None
+        self._file.close()
+        rewind_metrics(self._file.path, step, saved, then)
+        self._file = MetricsFile(self._file.path)
 
     def _log_step(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert self._throughput is not None
         record = pl_module.last_step.as_json()
+        if pl_module.passed_over:
+            self._write(trainer, record, console_line(record, trainer.max_steps, None))
+            return
         rate = self._throughput.rate()
         record["tokens_per_second"] = rate
         peak = self.peak_flops or known_peak(pl_module.device)
@@ -108,13 +127,17 @@ def console_line(record: dict[str, Any], max_steps: int, seconds_left: float | N
     """The one line a person reads."""
     step = record["step"]
     width = len(str(max_steps))
-    parts = [
-        f"step {step:>{width}}/{max_steps} {100 * step / max_steps:5.1f}%",
+    parts = [f"step {step:>{width}}/{max_steps} {100 * step / max_steps:5.1f}%"]
+    if "skipped" in record:
+        return "  ".join([*parts, f"passed over: {record['skipped']}"])
+    parts += [
         f"loss {record['loss']:.4f}",
         f"grad {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",
         f"{record['tokens_per_second']:,.0f} tok/s",
     ]
+    if record.get("refused"):
+        parts.append("update left out")
     if "mfu" in record:
         parts.append(f"MFU {100 * record['mfu']:.1f}%")
     parts.append(f"{record['memory_gib']:.2f} GiB")

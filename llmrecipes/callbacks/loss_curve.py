@@ -31,7 +31,8 @@ def draw_loss_curve(metrics: Path, picture: Path) -> bool:
         picture: PNG to write.
     """
     records = list(read_metrics(metrics))
-    steps = [r for r in records if "loss" in r]
+    # Figures that were not finite stand there as null.
+    steps = [r for r in records if r.get("loss") is not None and r["grad_norm"] is not None]
     if len(steps) < 2:
         return False
     # Matplotlib takes most of a second to import, and only the end of a run needs it.

@@ -66,8 +66,17 @@ class Samples(L.Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         # All ranks write the same texts, because each holds a part of the parameters; one keeps them.
-        texts = [self._continue(pl_module, data.tokenizer, data.eos_id, p, i) for i, p in enumerate(self.prompts)]
-        pl_module.reshard()
+        try:
+            with trainer.precision_plugin.forward_context():
+                texts = [
+                    self._continue(pl_module, data.tokenizer, data.eos_id, prompt, index)
+                    for index, prompt in enumerate(self.prompts)
+                ]
+        except Exception as error:
+            log.warning(f"step {step}: no samples, {type(error).__name__}: {error}")
+            return
+        finally:
+            pl_module.reshard()
         if not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / "samples" / f"step={step:06d}.txt"
@@ -85,5 +94,6 @@ class Samples(L.Callback):
             top_k=self.top_k,
             generator=generator,
             eos_id=eos_id,
+            device=pl_module.device,
         )
         return f"{prompt}│{tokenizer.decode(written)}"

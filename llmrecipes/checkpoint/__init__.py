@@ -1,15 +1,17 @@
-"""Checkpoints: an atomic writer, a verifying reader, retention, and the callback that uses them."""
+"""Checkpoints: an atomic writer for all ranks, a verifying reader that reshards, retention, and their callback."""
 
 from llmrecipes.checkpoint.callback import Checkpoints
+from llmrecipes.checkpoint.errors import CheckpointError
 from llmrecipes.checkpoint.files import (
-    CheckpointError,
     read_checkpoint,
     read_info,
+    read_rng,
     read_tensors,
     verify,
     write_checkpoint,
 )
-from llmrecipes.checkpoint.retention import checkpoints, newest_whole
+from llmrecipes.checkpoint.load import load_model, load_optimizer
+from llmrecipes.checkpoint.retention import checkpoints, newest_whole, quarantine, whole_checkpoints
 from llmrecipes.checkpoint.state import TrainingState
 
 __all__ = [
@@ -17,10 +19,15 @@ __all__ = [
     "Checkpoints",
     "TrainingState",
     "checkpoints",
+    "load_model",
+    "load_optimizer",
     "newest_whole",
+    "quarantine",
     "read_checkpoint",
     "read_info",
+    "read_rng",
     "read_tensors",
     "verify",
+    "whole_checkpoints",
     "write_checkpoint",
 ]

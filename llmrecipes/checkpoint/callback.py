@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch.distributed as dist
 
-from llmrecipes.checkpoint.files import checkpoint_name, read_checkpoint, write_checkpoint
+from llmrecipes.checkpoint.background import BackgroundSave
+from llmrecipes.checkpoint.files import checkpoint_name, read_info, read_rng, write_checkpoint
+from llmrecipes.checkpoint.load import load_model, load_optimizer
+from llmrecipes.checkpoint.ranks import on_first_rank, rank, together
 from llmrecipes.checkpoint.retention import point_latest, purge, remove_leftovers, set_aside_after
-from llmrecipes.checkpoint.state import TrainingState, load_optimizer_state, optimizer_state, rng_state, set_rng_state
+from llmrecipes.checkpoint.state import TrainingState, optimizer_state, rng_state, set_rng_state
 from llmrecipes.recipe import Duration
 
 
@@ -27,6 +33,12 @@ class Checkpoints(L.Callback):
         keep_last: how many of the newest are kept.
         keep_every: checkpoints at multiples of this are kept for good; ``null`` = none.
         keep_best: keep the one with the lowest validation loss; saved after the validation when it is not yet there.
+        async_save: copy the state to the host's memory and go on training while it is written; needs that memory.
+
+    Attributes:
+        resume_from: a verified checkpoint to begin with, or None.
+        save_seconds: time from the beginning of saves to their end, so far.
+        stall_seconds: time that training waited for saves, so far.
     """
 
     def __init__(
@@ -35,38 +47,68 @@ class Checkpoints(L.Callback):
         keep_last: int = 2,
         keep_every: Duration | None = None,
         keep_best: bool = True,
+        async_save: bool = False,
     ) -> None:
         self.every = Duration.parse(every)
         self.keep_last = max(1, keep_last)
         self.keep_every = None if keep_every is None else Duration.parse(keep_every)
         self.keep_best = keep_best
         self.resume_from: Path | None = None
+        self.async_save = async_save
         self.save_seconds = 0.0
+        self.stall_seconds = 0.0
         self.validated = Validated()
         self._last_saved = -1
         self._rng: dict[str, Any] | None = None
+        self._background = BackgroundSave()
 
     def root(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints"
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        remove_leftovers(self.root(trainer))
+        on_first_rank(lambda: remove_leftovers(self.root(trainer)), "removing what killed saves left failed")
         if self.resume_from is not None:
-            self._restore(trainer, pl_module, read_checkpoint(self.resume_from))
+            self._restore(trainer, pl_module, self.resume_from)
 
-    def _restore(self, trainer: L.Trainer, pl_module: Any, state: TrainingState) -> None:
-        pl_module.model.load_state_dict(state.model, strict=True)
-        load_optimizer_state(pl_module.model, trainer.optimizers[0], state.optimizer)
-        set_aside_after(self.root(trainer), state.step)
-        self.validated = Validated.read(self.root(trainer), up_to=state.step)
-        self._rng, self._last_saved = state.rng, state.step
-        set_loop_position(trainer, state.step)
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "validate" and self.resume_from is not None:
+            folder = self.resume_from
+            together(lambda: load_model(folder, pl_module.model), f"reading {folder} failed")
+
+    def _restore(self, trainer: L.Trainer, pl_module: Any, folder: Path) -> None:
+        """Put the state of a verified checkpoint back, on any number of ranks. Collective."""
+        root = self.root(trainer)
+        self._load(trainer, pl_module, folder)
+        step = read_info(folder)["step"]
+        on_first_rank(lambda: set_aside_after(root, step), f"setting aside what comes after {folder} failed")
+        self.validated = on_first_rank(lambda: Validated.read(root, up_to=step), "reading validated.json failed")
+        self._rng, self._last_saved = read_rng(folder, rank()), step
+        set_loop_position(trainer, step)
+
+    def _load(self, trainer: L.Trainer, pl_module: Any, folder: Path) -> None:
+        model, optimizer = pl_module.model, trainer.optimizers[0]
+
+        def load() -> None:
+            load_model(folder, model)
+            load_optimizer(folder, model, optimizer)
+
+        together(load, f"reading {folder} failed")
+
+    def go_back(self, trainer: L.Trainer, pl_module: Any, folder: Path, validated: Validated) -> None:
+        """Put an earlier state into a running training, whose position stays where it is. Collective.
+
+        Args:
+            folder: a verified checkpoint. validated: what was known of validations then.
+        """
+        self._load(trainer, pl_module, folder)
+        self._last_saved, self.validated = -1, validated
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # As late as possible: whatever set-up draws from the generators must not matter.
         if self._rng is not None:
             set_rng_state(self._rng)
             self._rng = None
+        if self.resume_from is not None:
             self._validate_if_missed(trainer)
 
     def _validate_if_missed(self, trainer: L.Trainer) -> None:
@@ -83,45 +125,111 @@ class Checkpoints(L.Callback):
             trainer.training = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.finish()
         # Whatever the interval: the last parameters of a run are the ones that people quote.
         if trainer.global_step == trainer.max_steps and self.validated.step < trainer.global_step:
             self._validate(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._background.poll()
         step = trainer.global_step
-        if step % self.every.to_steps(pl_module.tokens_per_step) == 0 or step == trainer.max_steps:
-            self.save(trainer, pl_module)
+        last = step == trainer.max_steps
+        if step % self.every.to_steps(pl_module.tokens_per_step) == 0 or last:
+            pl_module.settle()
+            # Where nothing moved there is nothing new to keep: it would only push older states out.
+            if last or not pl_module.passed_over:
+                self.save(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        # What ended the training is another story; other ranks' threads go on with the save as well.
+        self._background.abandon(seconds=60)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         loss = pl_module.validation_loss
         if trainer.state.fn != "fit" or loss is None:
             return
-        step, improved = trainer.global_step, loss < self.validated.best_loss
+        # One rank decides, as a decision to save is one to wait for the others.
+        improved = on_first_rank(lambda: loss < self.validated.best_loss, "comparing validation losses failed")
+        step, root = trainer.global_step, self.root(trainer)
         if improved and self.keep_best:
             self.save(trainer, pl_module)
+            self.finish()  # the note that it is the best must not be there before it is
         self.validated = Validated(step, step, loss) if improved else replace(self.validated, step=step)
-        self.validated.write(self.root(trainer))
+        on_first_rank(lambda: self.validated.write(root), "writing validated.json failed")
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> Path:
-        """Write the present state, once per step; then purge what is no longer needed."""
+        """Write the present state, once per step; then purge what is no longer needed. Collective.
+
+        With ``async_save`` it returns when the state is copied; see :meth:`finish`.
+        """
         step, root = trainer.global_step, self.root(trainer)
         if step == self._last_saved:
             return root / checkpoint_name(step)
         started = time.perf_counter()
+        pl_module.settle()
+        self._background.finish()
         state = TrainingState(
             step=step,
             model=dict(pl_module.model.state_dict()),
             optimizer=optimizer_state(pl_module.model, trainer.optimizers[0]),
             rng=rng_state(),
-            info={"progress": pl_module.progress()},
+            info={"progress": copy.deepcopy(pl_module.progress())},
         )
-        path = write_checkpoint(root, state, attachments=[Path(trainer.default_root_dir) / "metrics.jsonl"])
-        point_latest(root, path)
-        keep_every = self.keep_every.to_steps(pl_module.tokens_per_step) if self.keep_every else None
-        purge(root, self.keep_last, keep_every, protected=[self.validated.best_step] if self.keep_best else [])
+        write = partial(
+            self._write,
+            root=root,
+            attachments=read_attachments([Path(trainer.default_root_dir) / "metrics.jsonl"]),
+            keep_every=self.keep_every.to_steps(pl_module.tokens_per_step) if self.keep_every else None,
+            protected=[self.validated.best_step] if self.keep_best else [],
+            started=started,
+        )
+        if self.async_save:
+            self._background.start(state, write)
+        else:
+            write(state, None)
         self._last_saved = step
-        self.save_seconds += time.perf_counter() - started
+        self.stall_seconds += time.perf_counter() - started
+        return root / checkpoint_name(step)
+
+    def save_now(self, trainer: L.Trainer, pl_module: Any) -> Path:
+        """:meth:`save` and :meth:`finish`: for whoever ends the process next. Collective."""
+        path = self.save(trainer, pl_module)
+        self.finish()
         return path
+
+    def finish(self) -> None:
+        """Wait for a save in flight; whoever needs its file calls this first. Collective.
+
+        Raises:
+            CheckpointError: it failed, on all ranks.
+        """
+        started = time.perf_counter()
+        self._background.finish()
+        self.stall_seconds += time.perf_counter() - started
+
+    def _write(
+        self,
+        state: TrainingState,
+        group: dist.ProcessGroup | None,
+        root: Path,
+        attachments: dict[str, bytes],
+        keep_every: int | None,
+        protected: list[int],
+        started: float,
+    ) -> None:
+        path = write_checkpoint(root, state, attachments, group)
+
+        def tidy() -> None:
+            point_latest(root, path)
+            purge(root, self.keep_last, keep_every, protected)
+
+        on_first_rank(tidy, f"removing older checkpoints than {path} failed", group)
+        self.save_seconds += time.perf_counter() - started
+
+
+def read_attachments(paths: list[Path]) -> dict[str, bytes]:
+    """What small files hold now, by name; on rank 0, which writes them. Missing ones are passed over."""
+    return {path.name: path.read_bytes() for path in paths if path.exists()} if rank() == 0 else {}
 
 
 @dataclass(frozen=True)

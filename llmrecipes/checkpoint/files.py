@@ -1,32 +1,37 @@
-"""Checkpoint folders on disk: written atomically, manifest last; read without pickle; verified by checksum.
+"""Checkpoint folders on disk: written by all ranks, atomically, manifest last; read without pickle; verified.
 
-``checkpoints/step=000625/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``rng-00000.safetensors``,
-``state.json`` and ``manifest.json``, which lists the size and SHA-256 of the others. A folder without a manifest is
-no checkpoint.
+``checkpoints/step=000625/`` holds ``model/shard-00000.safetensors`` and ``optimizer/shard-00000.safetensors``, one
+file for each rank that has something to write, ``rng-00000.safetensors`` for each rank, ``state.json`` and
+``manifest.json``, which lists the size and SHA-256 of the others. A folder without a manifest is no checkpoint.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan
 
+from llmrecipes.checkpoint.durable import FileRecord, difference, sync_folder, write_file
+from llmrecipes.checkpoint.errors import CheckpointError
+from llmrecipes.checkpoint.ranks import rank, together
+from llmrecipes.checkpoint.shards import Share, local, read_whole
 from llmrecipes.checkpoint.state import TrainingState
+from llmrecipes.checkpoint.tensor_file import pieces
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-class CheckpointError(Exception):
-    """A checkpoint could not be written or read; says which file and why."""
+FORMAT = 2
+PARTS = ("model", "optimizer")
 
 
 def checkpoint_name(step: int) -> str:
@@ -40,70 +45,116 @@ def step_of(folder: Path) -> int | None:
     return int(digits) if prefix == "step" and digits.isdecimal() else None
 
 
-def write_checkpoint(root: Path, state: TrainingState, attachments: list[Path] | None = None) -> Path:
-    """Write ``root/step=NNNNNN`` so that it exists whole or not at all.
+def write_checkpoint(
+    root: Path,
+    state: TrainingState,
+    attachments: Mapping[str, bytes] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write ``root/step=NNNNNN`` so that it exists whole or not at all. Collective: every rank calls it.
 
     Args:
-        root: the run's ``checkpoints`` folder; made when missing.
-        state: refused when a tensor of the model or optimizer is not finite.
-        attachments: small files copied along, such as the metrics so far.
+        root: the run's ``checkpoints`` folder, seen by all ranks; made when missing.
+        state: refused when a tensor of the model or optimizer is not finite. Every rank gives its slices.
+        attachments: small files to add, by name, such as the metrics so far; those of rank 0 count.
+        group: the processes to talk to; None = all. A background thread needs one that nobody else uses.
 
     Returns:
         The folder's path.
 
     Raises:
-        CheckpointError: not finite, not enough space, or the files read back differently. Nothing is left behind,
-            and an earlier folder of the same name is as it was.
+        CheckpointError: not finite, not enough space, or the files read back differently, on any rank. Raised on all
+            ranks. Nothing is left behind, and an earlier folder of the same name is as it was.
     """
-    not_finite = [name for name, t in (*state.model.items(), *state.optimizer.items()) if not _is_finite(t)]
+    target, me = root / checkpoint_name(state.step), rank(group)
+    each = partial(together, doing=f"writing {target} failed", group=group)
+    shares = {"model": Share(state.model, me), "optimizer": Share(state.optimizer, me)}
+    offers = each(lambda: _offer(state, shares))
+    temporary = root / f".tmp-{target.name}-{offers[0][0]}"
+    try:
+        each(lambda: _begin(temporary, shares, [plans for _, plans in offers], state.step, me))
+        records = each(lambda: _write_own(temporary, shares, state.rng, me))
+        # The owner of a file reads it back while rank 0 writes what describes the whole.
+        each(lambda: _check(target, temporary, records[me], _describe(temporary, state, attachments, records, me)))
+        each(lambda: _commit(temporary, target) if me == 0 else None)
+    finally:
+        # Whoever failed, all have finished writing when the failure is known.
+        if me == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _offer(state: TrainingState, shares: dict[str, Share]) -> tuple[int, dict[str, SavePlan]]:
+    """What others must know first: this process's number, and what it holds, if it is fit to be saved."""
+    _refuse_not_finite(state)
+    return os.getpid(), {part: share.local_plan() for part, share in shares.items()}
+
+
+def _refuse_not_finite(state: TrainingState) -> None:
+    tensors = (*state.model.items(), *state.optimizer.items())
+    not_finite = [name for name, tensor in tensors if not _is_finite(local(tensor))]
     if not_finite:
         others = f", nor are {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
         raise CheckpointError(f"step {state.step} is not saved: {not_finite[0]} is not finite{others}")
-    target, temporary = root / checkpoint_name(state.step), root / f".tmp-{checkpoint_name(state.step)}-{os.getpid()}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _check_space(root, state)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write_files(temporary, state, attachments or [])
-        if reason := verify(temporary):
-            raise CheckpointError(f"{target} reads back differently from what was written: {reason}")
-        _commit(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"writing {target} failed: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def _check_space(root: Path, state: TrainingState) -> None:
-    need = sum(t.numel() * t.element_size() for part in (state.model, state.optimizer) for t in part.values())
-    free = shutil.disk_usage(root).free
+def _begin(temporary: Path, shares: dict[str, Share], plans: list[dict[str, SavePlan]], step: int, me: int) -> None:
+    """Settle who writes what; rank 0 makes the folders, when there is room."""
+    for part, share in shares.items():
+        share.divide([plan[part] for plan in plans])
+    if me != 0:
+        return
+    root = temporary.parent
+    root.mkdir(parents=True, exist_ok=True)
+    need, free = sum(share.total_bytes for share in shares.values()), shutil.disk_usage(root).free
     if free < need * 1.05:
-        raise CheckpointError(f"{root} has {free / 2**30:.2f} GiB free, step {state.step} needs {need / 2**30:.2f} GiB")
+        raise CheckpointError(f"{root} has {free / 2**30:.2f} GiB free, step {step} needs {need / 2**30:.2f} GiB")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for part in PARTS:
+        (temporary / part).mkdir()
 
 
-def _write_files(folder: Path, state: TrainingState, attachments: list[Path]) -> None:
-    parts = {"model": state.model, "optimizer": state.optimizer, "rng-00000": state.rng}
-    for name, tensors in parts.items():
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(
-        json.dumps({"step": state.step, **state.info}, ensure_ascii=False, indent=1), encoding="utf-8"
-    )
-    for path in attachments:
-        if path.exists():
-            shutil.copyfile(path, folder / path.name)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    for path in folder.iterdir():
-        _fsync(path)
-    manifest = {"format": FORMAT, "step": state.step, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _fsync(folder / MANIFEST)
-    _fsync(folder)
+def _write_own(temporary: Path, shares: dict[str, Share], rng: dict[str, Tensor], me: int) -> dict[str, FileRecord]:
+    """This rank's files, flushed to disk, by path relative to the checkpoint."""
+    name = f"rng-{me:05d}.safetensors"
+    records = {name: write_file(temporary / name, pieces(rng, {"format": "pt"}))}
+    for part, share in shares.items():
+        records |= {f"{part}/{file}": record for file, record in share.write(temporary / part).items()}
+    return records
+
+
+def _describe(
+    temporary: Path,
+    state: TrainingState,
+    attachments: Mapping[str, bytes] | None,
+    records: list[dict[str, FileRecord]],
+    me: int,
+) -> dict[str, FileRecord]:
+    """Rank 0 adds state, attachments and, last, the manifest; returns the records of what it added."""
+    if me != 0:
+        return {}
+    info = json.dumps({"step": state.step, **state.info}, ensure_ascii=False, indent=1)
+    contents = {**(attachments or {}), "state.json": info.encode()}
+    added = {name: write_file(temporary / name, [content]) for name, content in contents.items()}
+    files = {name: record for own in (*records, added) for name, record in own.items()}
+    for folder in (*(temporary / part for part in PARTS), temporary):
+        sync_folder(folder)
+    manifest = {"format": FORMAT, "step": state.step, "ranks": len(records), "files": dict(sorted(files.items()))}
+    added[MANIFEST] = write_file(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    sync_folder(temporary)
+    return added
+
+
+def _check(target: Path, temporary: Path, *records: dict[str, FileRecord]) -> None:
+    for own in records:
+        for name, expected in own.items():
+            if reason := difference(temporary / name, expected):
+                raise CheckpointError(f"{target} reads back differently from what was written: {name} {reason}")
 
 
 def _commit(temporary: Path, target: Path) -> None:
@@ -119,20 +170,7 @@ def _commit(temporary: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         temporary.rename(target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync_folder(target.parent)
 
 
 def verify(folder: Path) -> str | None:
@@ -142,22 +180,16 @@ def verify(folder: Path) -> str | None:
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not the one this version reads ({FORMAT})"
-        for name, expected in files.items():
-            path = folder / name
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, {expected['bytes']} were written"
-            if _sha256(path) != expected["sha256"]:
-                return f"the checksum of {name} is wrong"
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # checksums free the interpreter
+            reasons = pool.map(lambda entry: difference(folder / entry[0], entry[1]), files.items())
+            for name, reason in zip(files, reasons, strict=True):
+                if reason:
+                    return f"{name} {reason}"
     except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{Path(str(error.filename)).relative_to(folder)} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     return None
-
-
-def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
-    """``model``, ``optimizer`` or ``rng-00000`` of a verified checkpoint, on the CPU."""
-    return load_file(folder / f"{part}.safetensors")
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -165,9 +197,21 @@ def read_info(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
+def read_rng(folder: Path, rank: int = 0) -> dict[str, Tensor] | None:
+    """The random generators of a rank of a verified checkpoint; None when fewer ranks wrote it."""
+    path = folder / f"rng-{rank:05d}.safetensors"
+    return load_file(path) if path.exists() else None
+
+
+def read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
+    """All of ``model`` or ``optimizer`` of a verified checkpoint, on the CPU; for tools in one process."""
+    assert part in PARTS, part
+    return read_whole(folder / part)
+
+
 def read_checkpoint(folder: Path) -> TrainingState:
-    """A whole checkpoint, on the CPU."""
+    """A whole checkpoint with the generators of rank 0, on the CPU; for tools in one process."""
     info = read_info(folder)
     step = info.pop("step")
-    model, optimizer, rng = (read_tensors(folder, part) for part in ("model", "optimizer", "rng-00000"))
-    return TrainingState(step, model, optimizer, rng, info)
+    model, optimizer = (read_tensors(folder, part) for part in PARTS)
+    return TrainingState(step, model, optimizer, read_rng(folder) or {}, info)

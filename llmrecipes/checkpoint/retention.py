@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 
 from llmrecipes.checkpoint.files import step_of, verify
@@ -18,14 +19,30 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and one sentence for each newer one that does not."""
-    broken: list[str] = []
+def whole_checkpoints(root: Path, before: int | None = None) -> Iterator[Path | str]:
+    """Newest first: the path of a checkpoint that verifies, or a sentence about one that does not.
+
+    Each is verified when it is asked for: whoever takes the first does not wait for the others.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        before: only those of earlier steps; None = all.
+    """
     for path in reversed(checkpoints(root)):
-        reason = verify(path)
-        if reason is None:
-            return path, broken
-        broken.append(f"{path} is broken and passed over: {reason}")
+        step = step_of(path)
+        if before is None or (step is not None and step < before):
+            reason = verify(path)
+            yield path if reason is None else f"{path} is broken and passed over: {reason}"
+
+
+def newest_whole(root: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint (of a step earlier than ``before``) that verifies, and one sentence for each newer one
+    that does not."""
+    broken: list[str] = []
+    for found in whole_checkpoints(root, before):
+        if isinstance(found, Path):
+            return found, broken
+        broken.append(found)
     return None, broken
 
 
@@ -36,6 +53,23 @@ def set_aside_after(root: Path, step: int) -> None:
             aside = root / f"broken-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+
+
+def quarantine(root: Path, step: int) -> list[Path]:
+    """Rename checkpoints of steps later than ``step`` to ``quarantined-...``: a rollback distrusts them.
+
+    They no longer count, nothing deletes them, and a second one of the same step gets a number.
+
+    Returns:
+        The new paths, the oldest step first.
+    """
+    renamed = []
+    for path in checkpoints(root):
+        if (later := step_of(path)) is not None and later > step:
+            names = (f"quarantined-{path.name}{f'.{n}' if n > 1 else ''}" for n in count(1))
+            aside = next(root / name for name in names if not (root / name).exists())
+            renamed.append(path.rename(aside))
+    return renamed
 
 
 def remove_leftovers(root: Path) -> None:

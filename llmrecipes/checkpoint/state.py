@@ -1,4 +1,4 @@
-"""What a checkpoint holds, gathered from and put back into live objects by parameter name."""
+"""What a checkpoint holds, gathered from live objects by parameter name, and the random generators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TrainingState:
 
     Args:
         step: optimizer steps done.
-        model: parameters and persistent buffers by name.
+        model: parameters and persistent buffers by name; DTensors where they are divided among ranks.
         optimizer: ``<parameter name>.<key>`` -> tensor, for example ``head.weight.exp_avg``.
         rng: states of the random generators, see :func:`rng_state`.
         info: everything else, JSON values only: consumed samples and tokens, the recipe, the best validation loss.
@@ -39,21 +39,6 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         for key, value in values.items():
             state[f"{names[id(parameter)]}.{key}"] = torch.as_tensor(value)
     return state
-
-
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Put tensors from :func:`optimizer_state` back on their parameters' devices.
-
-    ``step`` counters stay on the CPU, where PyTorch keeps them, but for fused optimizers, whose kernel reads them.
-    """
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for name, parameter in model.named_parameters():
-        keys = [k for k in state if k.rpartition(".")[0] == name]
-        if keys:
-            optimizer.state[parameter] = {
-                k.rpartition(".")[2]: state[k].to(parameter.device) if state[k].ndim or on_device else state[k]
-                for k in keys
-            }
 
 
 def rng_state() -> dict[str, Tensor]:

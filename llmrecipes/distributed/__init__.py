@@ -1,7 +1,21 @@
-"""What depends on the number of processes: strategies, meshes, sums over ranks, gradient clipping by the global norm."""
+"""What depends on the number of processes: strategies and meshes, sums over ranks, self-check, dead and hung ranks."""
 
 from llmrecipes.distributed.clip import clip_grad_norm
 from llmrecipes.distributed.collectives import all_reduce_sum, num_ranks, packed_sum
+from llmrecipes.distributed.launcher import RankLauncher, ranks_end_together
+from llmrecipes.distributed.progress import ReadMark, StepMarks
+from llmrecipes.distributed.self_check import SelfCheck
 from llmrecipes.distributed.strategy import ShardedStrategy
 
-__all__ = ["ShardedStrategy", "all_reduce_sum", "clip_grad_norm", "num_ranks", "packed_sum"]
+__all__ = [
+    "RankLauncher",
+    "ReadMark",
+    "SelfCheck",
+    "ShardedStrategy",
+    "StepMarks",
+    "all_reduce_sum",
+    "clip_grad_norm",
+    "num_ranks",
+    "packed_sum",
+    "ranks_end_together",
+]

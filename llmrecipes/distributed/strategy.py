@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from llmrecipes.distributed.expert_parallel import divide_experts
+from llmrecipes.distributed.launcher import RankLauncher
 from llmrecipes.distributed.recompute import Recompute, recompute_blocks
+from llmrecipes.distributed.rendezvous import Rendezvous, Report
 from llmrecipes.distributed.sharding import Sharding, prepare_micro_batch, shard_model
+from llmrecipes.distributed.watchdog import Watchdog
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.mesh import ALIASES, KEEPS_GATHERED, OFFLOADABLE, MeshSizes, Mode, mesh_sizes
 
@@ -39,7 +44,9 @@ class ShardedStrategy(ModelParallelStrategy):
         mesh: ``[replicate, shard]`` for hybrid modes; ``null`` = a copy per node, shared by its processes.
         reduce_every_micro_batch: share out gradients after every micro-batch, which needs no room for whole gradients,
             or once per step, which needs less traffic; ``null`` = once for ``no_shard``, else every time.
-        timeout: seconds after which a rank that does not answer ends the job.
+        timeout: seconds without progress on any rank after which the job ends, naming the rank that hangs; a rank
+            that is dead or stopped is found within a minute, or sooner if this is less.
+        start_timeout: seconds to wait for all ranks at the start; those that are missing are named.
     """
 
     def __init__(
@@ -51,13 +58,15 @@ class ShardedStrategy(ModelParallelStrategy):
         mesh: list[int] | None = None,
         reduce_every_micro_batch: bool | None = None,
         timeout: float = 600.0,
+        start_timeout: float = 120.0,
         process_group_backend: Literal["gloo", "nccl"] | None = None,
     ) -> None:
         super().__init__(
             data_parallel_size=1,
             tensor_parallel_size=1,
             process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=timeout),
+            # Torch's own, which names nobody, is the last resort.
+            timeout=timedelta(seconds=max(2 * timeout, timeout + 60)),
         )
         self.mode = ALIASES.get(mode, mode)
         if cpu_offload and self.mode not in OFFLOADABLE:
@@ -67,6 +76,10 @@ class ShardedStrategy(ModelParallelStrategy):
         self.expert_parallel = expert_parallel
         self.mesh_asked = mesh
         self.timeout = timeout
+        self.start_timeout = start_timeout
+        self.watched = False
+        self.watchdog: Watchdog | None = None
+        self.advice: Callable[[], str] = lambda: ""
         every = self.mode != "no_shard" if reduce_every_micro_batch is None else reduce_every_micro_batch
         self.reduce_every_micro_batch = every
         self.sizes: MeshSizes | None = None
@@ -75,16 +88,50 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Join the process group and build the mesh; refuses sizes that do not fit, with the numbers."""
-        ParallelStrategy.setup_environment(self)
         self.sizes = self.plan_mesh()
+        reports = self._meet()
         self._setup_distributed()
+        if reports and self.watched:
+            self._watch(*reports)
         assert self.lightning_module is not None
         self._device_mesh = self._dense_mesh(self.sizes)
-        self._data_mesh = (
-            self._device_mesh._flatten("data_parallel") if self._device_mesh.ndim > 1 else self._device_mesh
-        )
         self._expert_mesh = self._make_expert_mesh(self.sizes)
         self.lightning_module._device_mesh = self._device_mesh
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @property
+    def launch_command(self) -> list[str] | None:
+        """What starts the other processes of this machine; None = what started this one."""
+        return self._launcher.command if isinstance(self._launcher, RankLauncher) else None
+
+    @launch_command.setter
+    def launch_command(self, command: list[str]) -> None:
+        assert isinstance(self._launcher, RankLauncher)
+        self._launcher.command = command
+
+    def _meet(self) -> tuple[Rendezvous, list[Report]] | None:
+        """Wait for all ranks and know them, once per process; None where there is nobody to meet."""
+        if self.world_size == self.num_nodes * self.num_processes == 1 or dist.is_initialized():
+            return None
+        assert self.cluster_environment is not None
+        me = Report.of_this_process(self.global_rank, self.world_size, self.num_nodes, self.num_processes)
+        address, port = self.cluster_environment.main_address, self.cluster_environment.main_port
+        rendezvous = Rendezvous(me, address, port, self.start_timeout)
+        return rendezvous, rendezvous.meet()
+
+    def _watch(self, rendezvous: Rendezvous, reports: list[Report]) -> None:
+        self.watchdog = Watchdog(rendezvous, reports, self.timeout, self.advice)
+        self.watchdog.start()
+        if isinstance(self._launcher, RankLauncher):
+            self._launcher.on_death = self.watchdog.report_death
+
+    @property
+    def meshes(self) -> list[DeviceMesh]:
+        """All meshes of the job, for the self-check."""
+        return [mesh for mesh in (self._device_mesh, self._expert_mesh) if mesh is not None]
 
     def plan_mesh(self) -> MeshSizes:
         """The mesh that this job's nodes and processes form.
@@ -112,8 +159,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every process has its own share of each step."""
-        return {"num_replicas": self._data_mesh.size(), "rank": self._data_mesh.get_local_rank()}
+        """Every process has its own share of each step; known before the processes have met."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def describe(self) -> str:
         """The mesh in words, for the log."""
@@ -151,6 +198,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def prepare_micro_batch(self, model: nn.Module, is_last: bool) -> None:
         """Tell the blocks whether the coming backward pass ends the step."""
+        if self.watchdog is not None:
+            self.watchdog.tick()
         prepare_micro_batch(model, is_last, self.reduce_every_micro_batch, keeps_gathered=self.mode in KEEPS_GATHERED)
 
     @staticmethod

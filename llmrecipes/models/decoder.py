@@ -85,6 +85,8 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens: Tensor, context: SequenceContext) -> Tensor:
         x = self.embed(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # where weights are gathered in half precision: the residual stream stays in fp32 as without
         if self.position_embed is not None:
             longest = self.position_embed.num_embeddings
             last = max(context.lengths) if context.lengths else context.positions.shape[1]

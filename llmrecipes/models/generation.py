@@ -32,6 +32,7 @@ def generate(
     generator: torch.Generator | None = None,
     eos_id: int | None = None,
     use_cache: bool = True,
+    device: torch.device | None = None,
 ) -> list[int]:
     """Continue ``prompt_ids`` (at least one id) by up to ``max_new_tokens`` ids; returns the new ids only.
 
@@ -41,10 +42,11 @@ def generate(
         generator: source of randomness, on the CPU or the model's device.
         eos_id: stop after this id (it is returned).
         use_cache: keep keys and values of earlier tokens; without it every step reads the whole text again.
+        device: that computes; None = where the embedding is (offloaded weights are elsewhere).
 
     The model is put into evaluation mode for the call and left as it was found.
     """
-    device = model.embed.weight.device
+    device = device or model.embed.weight.device
     text = torch.as_tensor(prompt_ids, dtype=torch.long, device=device).reshape(1, -1)
     assert text.shape[1] > 0, "generation starts from at least one token"
     total = text.shape[1] + max_new_tokens

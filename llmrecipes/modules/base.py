@@ -7,6 +7,7 @@ Gradients are therefore the same for every split (Lightning's ``accumulate_grad_
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ from llmrecipes.optim import AdamW, CoolDown, RunLength, Schedule
 from llmrecipes.recipe import Duration
 
 
+log = logging.getLogger("llmrecipes")
+
+
 class TrainingStopped(Exception):
     """Training cannot go on; the state on disk is safe. Says what happened and where to go on from."""
 
@@ -40,7 +44,10 @@ class Guard(Protocol):
         """Whether the update of ``step`` is to be left out: a boolean scalar on the device, equal on all ranks."""
 
     def after_step(self, step: int, loss: float, grad_norm: float, refused: bool) -> None:
-        """Act on a finished step, before anything of it is saved."""
+        """Act on a finished step, before anything of it is saved; may put an earlier state back."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of it."""
 
 
 class StepModule(L.LightningModule):
@@ -68,9 +75,11 @@ class StepModule(L.LightningModule):
         self.validation_metrics: dict[str, float] = {}
         self._validation: dict[int, tuple[float, int]] = {}
         self._unsettled: tuple[int, HostCopy] | None = None
+        self._taken_back = False
         # Set by whoever launches the run: what decides its trajectory, and a fall of the rate to its end.
         self.trajectory: dict[str, Any] | None = None
         self.start_cool_down: tuple[int, Duration] | None = None
+        self.lr_changes: list[dict[str, Any]] = []
         self._run_length: RunLength | None = None
 
     # ---- what a stage defines
@@ -123,14 +132,17 @@ class StepModule(L.LightningModule):
     # ---- the step
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        self.settle()
         step = self.trainer.global_step
         reason = self.guard.skip_reason(step + 1) if self.guard else None
         if reason is not None:
+            self.settle()
             self._pass_over(step, reason)
             return
         optimizer: Any = self.optimizers()
         sums, norm = self._gradients(step, batch)
+        if self.settle():  # only now: the last step's figures arrived while the device works on this one
+            optimizer.zero_grad(set_to_none=True)
+            sums, norm = self._gradients(step, batch)
         refused = self._refused(step, sums, norm)
         learning_rate = self.set_learning_rate(optimizer.optimizer, step)
         self._update(optimizer, refused)
@@ -138,7 +150,7 @@ class StepModule(L.LightningModule):
         self.last_step = StepRecord(step + 1, self.tokens_at(step + 1), losses, norm, learning_rate, batch)
         self.after_step(self.last_step, sums, ~refused)
         self._unsettled = step + 1, HostCopy(torch.stack([losses["loss"].double(), norm.double(), refused.double()]))
-        if self.device.type == "cpu":
+        if self.settles_at_once:
             self.settle()
 
     def _gradients(self, step: int, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -204,31 +216,62 @@ class StepModule(L.LightningModule):
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.reshard(self.model)
 
-    def settle(self) -> None:
+    @property
+    def passed_over(self) -> bool:
+        """Whether the last step moved nothing: its data was passed over, or an earlier state was put back after it."""
+        return isinstance(self.last_step, SkippedStep)
+
+    @property
+    def settles_at_once(self) -> bool:
+        """Whether figures are on the host as soon as they are computed."""
+        return self.device.type == "cpu"
+
+    def take_back(self, reason: str) -> None:
+        """The guard put an earlier state back: the last step counts as passed over."""
+        step = self.trainer.global_step
+        self.last_step = SkippedStep(step, self.tokens_at(step), reason)
+        self._taken_back = True
+
+    def mark_refused(self, step: int) -> None:
+        """Write in the record of ``step`` that its update was left out."""
+        if isinstance(self.last_step, StepRecord) and self.last_step.step == step:
+            self.last_step.extra["refused"] = True
+
+    def settle(self) -> bool:
         """Look at the last step's figures, and act on them, before anything builds on it.
 
-        On a GPU that is when the next step begins or something is saved or logged: no step waits for its own figures.
+        On a GPU that is when the next step's gradients are under way, or when something is saved or logged: no step
+        waits for its own figures.
+
+        Returns:
+            Whether an earlier state was put back: what was computed since is void.
 
         Raises:
-            TrainingStopped: they are not finite, and nobody else knows what to do.
+            TrainingStopped: nothing is left to try.
         """
+        self._taken_back = False
         if self._unsettled is None:
-            return
+            return False
         (step, figures), self._unsettled = self._unsettled, None
         loss, norm, refused = figures.tolist()
         if self.guard is not None:
             self.guard.after_step(step, loss, norm, bool(refused))
         elif refused:
             raise self.non_finite(step, loss, norm)
+        return self._taken_back
 
     def non_finite(self, step: int, loss: float, grad_norm: float) -> TrainingStopped:
         """What to raise after a step with figures that are not finite."""
         named = {"gradient norm": grad_norm, "loss": loss}
         bad = [f"{name} is {value}" for name, value in named.items() if not math.isfinite(value)] or ["a loss term"]
+        return self.stopped(f"step {step}: {', '.join(bad)}; the step was not applied.", step)
+
+    def stopped(self, what: str, first_bad: int) -> TrainingStopped:
+        """What to raise: ``what`` happened, and the newest checkpoint from before step ``first_bad``."""
         root = Path(self.trainer.default_root_dir) / "checkpoints"
-        saved = checkpoints(root)
-        good = f"The last good checkpoint is {saved[-1]}." if saved else f"{root} holds no checkpoint yet."
-        return TrainingStopped(f"step {step}: {', '.join(bad)}; the step was not applied. {good}")
+        saved = [path for path in checkpoints(root) if int(path.name.partition("=")[2]) < first_bad]
+        good = f"The last good checkpoint is {saved[-1]}." if saved else f"{root} holds no checkpoint from before it."
+        return TrainingStopped(f"{what} {good}")
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Set the rate of optimizer step ``step`` (from 0) and return it."""
@@ -266,6 +309,8 @@ class StepModule(L.LightningModule):
             "consumed_samples": step * self.trainer.datamodule.global_batch,  # type: ignore[attr-defined]
             "consumed_tokens": step * self.tokens_per_step,
             "trajectory": self.trajectory,
+            "stability": self.guard.as_json() if self.guard is not None else None,
+            "lr_changes": self.lr_changes,
             "cool_down": None
             if self.start_cool_down is None
             else [self.start_cool_down[0], str(self.start_cool_down[1])],
@@ -282,19 +327,37 @@ class StepModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._validation = {}
+        self._validation_error: Exception | None = None
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        total = self.loss_terms(batch)["loss"].sum
+        """Add up one batch. What goes wrong here must not cost the run: all ranks leave the evaluation together."""
+        failed = torch.tensor(float(self._validation_error is not None))
+        if float(packed_sum({"failed": failed}, self.device)["failed"]):
+            return
+        try:
+            total = float(self.loss_terms(batch)["loss"].sum)
+        except Exception as error:
+            if self.trainer.state.fn != "fit":
+                raise
+            self._validation_error = error
+            return
         before, count = self._validation.get(dataloader_idx, (0.0, 0))
-        self._validation[dataloader_idx] = (before + float(total), count + batch.num_targets)
+        self._validation[dataloader_idx] = (before + total, count + batch.num_targets)
 
     def on_validation_epoch_end(self) -> None:
         """Loss per validation set, and over all their tokens, over all ranks."""
         self.reshard()
         names = self.trainer.datamodule.valid_names  # type: ignore[attr-defined]
         pairs = torch.tensor([self._validation.get(i, (0.0, 0)) for i in range(len(names))], dtype=torch.float64)
-        pairs = packed_sum({"pairs": pairs}, self.device)["pairs"]
-        sums = dict(zip(names, pairs.tolist(), strict=True))
+        failed = torch.tensor(float(self._validation_error is not None))
+        over_ranks = packed_sum({"pairs": pairs, "failed": failed}, self.device)
+        self.validation_metrics, self.validation_loss = {}, None
+        if float(over_ranks["failed"]):
+            if self._validation_error is not None:
+                what = f"{type(self._validation_error).__name__}: {self._validation_error}"
+                log.warning(f"step {self.trainer.global_step}: the evaluation failed and is left out ({what})")
+            return
+        sums = dict(zip(names, over_ranks["pairs"].tolist(), strict=True))
         total, count = (sum(column) for column in zip(*sums.values(), strict=True)) if sums else (0.0, 0)
         self.validation_metrics = {f"val_loss/{name}": s / c for name, (s, c) in sums.items() if c}
         self.validation_loss = total / count if count else None

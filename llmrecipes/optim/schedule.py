@@ -147,3 +147,29 @@ class CoolDown(Schedule):
 
     def decay_steps(self, run: RunLength) -> int:
         return self.start + self.duration.to_steps(run.tokens_per_step)
+
+
+class Restart(Schedule):
+    """A schedule that begins anew in the middle of a run: warm-up again, over the steps that remain.
+
+    Resuming with ``--resume_lr restart`` makes one.
+
+    Args:
+        base: the schedule; lengths in it count from ``start``, and its run is what remains.
+        start: optimizer step of the first update under it.
+    """
+
+    def __init__(self, base: Schedule, start: int) -> None:
+        self.base = base
+        self.start = start
+
+    def factor(self, step: int, run: RunLength) -> float:
+        assert step >= self.start, "earlier steps had another schedule"
+        return self.base.factor(step - self.start, self._rest(run))
+
+    def decay_steps(self, run: RunLength) -> int | None:
+        steps = self.base.decay_steps(self._rest(run))
+        return None if steps is None else self.start + steps
+
+    def _rest(self, run: RunLength) -> RunLength:
+        return RunLength(run.max_steps - self.start, run.tokens_per_step)

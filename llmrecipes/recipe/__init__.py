@@ -6,6 +6,7 @@ from llmrecipes.recipe.fingerprint import diff, fingerprint
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
 from llmrecipes.recipe.problem import Problem
 from llmrecipes.recipe.recipe import Recipe, read_recipe
+from llmrecipes.recipe.time_span import TimeSpan
 
 __all__ = [
     "Duration",
@@ -14,6 +15,7 @@ __all__ = [
     "Problem",
     "Recipe",
     "RopeScaling",
+    "TimeSpan",
     "check",
     "checked_recipe",
     "diff",

@@ -25,6 +25,8 @@ SECTION_CLASSES = {
     "checkpoint": "llmrecipes.checkpoint.Checkpoints",
     "logging": "llmrecipes.callbacks.Logging",
     "samples": "llmrecipes.callbacks.Samples",
+    "stop": "llmrecipes.callbacks.GracefulStop",
+    "stability": "llmrecipes.callbacks.StabilityGuard",
 }
 # Sections that choose their class: class_path and init_args.
 CHOSEN_SECTIONS = ("model", "data")
@@ -34,6 +36,7 @@ PLAIN_SECTIONS: dict[str, Type] = {
     "run_root": Scalar("str"),
     "resume": OneOf(("auto", "never", "required")),
     "cool_down": Length(),
+    "resume_lr": OneOf(("keep", "override", "restart", "cool_down")),
 }
 REQUIRED = ("model", "data", "trainer")
 SECTIONS = (*PLAIN_SECTIONS, *CHOSEN_SECTIONS, *SECTION_CLASSES)

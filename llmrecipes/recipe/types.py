@@ -27,6 +27,11 @@ class Length:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A :class:`TimeSpan`: a time by the clock."""
+
+
+@dataclass(frozen=True)
 class OneOf:
     """A Literal."""
 
@@ -81,7 +86,7 @@ class Arguments:
     signature: Signature
 
 
-Type = Root | Arguments | Anything | Scalar | Length | OneOf | ListOf | TupleOf | DictOf | Instance | Union
+Type = Root | Arguments | Anything | Scalar | Length | Span | OneOf | ListOf | TupleOf | DictOf | Instance | Union
 
 _SCALARS = {"int", "float", "str", "bool", "None"}
 _LISTS = {"list", "List", "Sequence", "Iterable", "Collection", "set", "Set", "frozenset", "MutableSequence"}
@@ -118,7 +123,7 @@ def union(options: Iterable[Type]) -> Type:
     flat: list[Type] = []
     for option in options:
         flat += option.options if isinstance(option, Union) else [option]
-    if any(isinstance(option, Length) for option in flat):
+    if any(isinstance(option, Length | Span) for option in flat):
         flat = [option for option in flat if option not in (Scalar("str"), Scalar("int"))]
     if any(isinstance(option, Anything) for option in flat):
         return Anything()
@@ -182,6 +187,8 @@ def _name(annotation: ast.Name | ast.Attribute, module: Module, sources: Sources
         return Scalar("str")
     if origin.rpartition(".")[2] == "Duration":
         return Length()
+    if origin.rpartition(".")[2] == "TimeSpan":
+        return Span()
     if origin.partition(".")[0] in _STANDARD:
         return Anything()
     symbol = sources.resolve(annotation, module)
@@ -222,4 +229,5 @@ def describe(kind: Type) -> str:
         return "class_path and init_args"
     return {
         ListOf: "a list", DictOf: "a mapping", Length: "a length such as '2000 steps'", Instance: "a mapping of fields",
+        Span: "a time such as '3h50m'",
     }.get(type(kind), "a value")  # fmt: skip

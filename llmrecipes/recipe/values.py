@@ -14,6 +14,7 @@ from llmrecipes.recipe.problem import Path, Problem, closest, did_you_mean, dott
 from llmrecipes.recipe.recipe import Recipe
 from llmrecipes.recipe.schema import ADVICE, CLASS_KEYS, class_signature, parameter_type
 from llmrecipes.recipe.signatures import Signature, Sources, Symbol
+from llmrecipes.recipe.time_span import TimeSpan
 from llmrecipes.recipe.types import (
     DictOf,
     Instance,
@@ -21,6 +22,7 @@ from llmrecipes.recipe.types import (
     ListOf,
     OneOf,
     Scalar,
+    Span,
     TupleOf,
     Type,
     Union,
@@ -48,6 +50,8 @@ class Checker:
             self._instance(value, kind, path)
         elif isinstance(kind, Length):
             self._length(value, path)
+        elif isinstance(kind, Span):
+            self._span(value, path)
         elif isinstance(kind, ListOf | TupleOf):
             self._list(value, kind, path)
         elif isinstance(kind, DictOf):
@@ -76,6 +80,15 @@ class Checker:
         try:
             Duration.parse(value)
         except (ValueError, OverflowError) as error:
+            self.report(path, f"{dotted(path)}: {error}")
+
+    def _span(self, value: Any, path: Path) -> None:
+        if isinstance(value, dict | list) or value is None:
+            self.report(path, f"{dotted(path)}: expected {describe(Span())}, not {_shown(value)}")
+            return
+        try:
+            TimeSpan.parse(value)
+        except ValueError as error:
             self.report(path, f"{dotted(path)}: {error}")
 
     def _list(self, value: Any, kind: ListOf | TupleOf, path: Path) -> None:

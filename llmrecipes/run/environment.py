@@ -43,6 +43,26 @@ def _version(package: str) -> str | None:
         return None
 
 
+def common_facts(cli: Any) -> dict[str, Any]:
+    """What every process of a job must have in common: the recipe key by key, the data, and the versions."""
+    import torch
+    import yaml
+
+    from llmrecipes import __version__
+
+    facts = {"the version of llmrecipes": __version__, "the version of torch": torch.__version__}
+    facts |= flat("recipe", yaml.safe_load(cli.resolved_recipe))
+    return facts | flat("data", cli.datamodule.fingerprint())
+
+
+def flat(name: str, value: Any) -> dict[str, Any]:
+    """Nested values by dotted names."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: item for part, inner in items for key, item in flat(f"{name}.{part}", inner).items()}
+
+
 def git_state() -> dict[str, Any] | None:
     """Commit of the working folder and the files that differ from it; None outside a repository."""
 

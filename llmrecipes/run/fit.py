@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ import yaml
 from llmrecipes.callbacks import GracefulStop, Logging, draw_loss_curve
 from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
 from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
-from llmrecipes.checkpoint import Checkpoints, newest_whole, read_info, read_tensors
+from llmrecipes.checkpoint import newest_whole, read_info
+from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMarks, ranks_end_together
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
-from llmrecipes.recipe import Duration
-from llmrecipes.run.environment import record_launch
+from llmrecipes.process import StopSignals, rank_name
+from llmrecipes.run.environment import common_facts, record_launch
 from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done
+from llmrecipes.run.launch import Decision, Launch, NothingToDo
 from llmrecipes.run.log import start_log
+from llmrecipes.run.lr_changes import FLOOR_REACHED, RatePlan, plan_rate
 from llmrecipes.run.recipe_cli import RecipeCLI
+from llmrecipes.run.wandb_run import FILE as WANDB_ID
 
 log = logging.getLogger("llmrecipes")
 
@@ -27,8 +32,12 @@ log = logging.getLogger("llmrecipes")
 FREE_DATA_KEYS = ("micro_batch", "tokenizer", "valid", "valid_batches", "train", "vocab_size")
 
 
-def run(subcommand: str, args: list[str]) -> int:
+def run(subcommand: str, args: list[str], signals: StopSignals | None = None) -> int:
     """Run a subcommand of LightningCLI.
+
+    Args:
+        subcommand, args: as typed.
+        signals: handlers whose requests stop a training at a step boundary.
 
     Returns:
         The exit code: 0 done, 75 stopped on request and resumable.
@@ -36,83 +45,132 @@ def run(subcommand: str, args: list[str]) -> int:
     Raises:
         UserError: for everything the user can mend.
         TrainingStopped: training cannot go on.
+        RankFailure: another process of the job is dead, hung or missing.
     """
     quiet_lightning()
-    start_log()
+    start_log(rank=rank_name())
     cli = RecipeCLI(subcommand, args)
-    return {"fit": fit, "validate": validate}[subcommand](cli, cli.folder)
+    cli.callback(GracefulStop).requests = signals
+    if not cli.trainer.is_global_zero:
+        start_log(cli.folder, f"rank {cli.trainer.global_rank}")
+    launch = Launch(lambda end: announce(cli, end))
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [StepMarks(), launch, SelfCheck(lambda: common_facts(cli)), *callbacks, ReadMark()]
+    with ranks_end_together(cli.trainer.strategy, exit_code):
+        return {"fit": fit, "validate": validate}[subcommand](cli, cli.folder)
+
+
+def exit_code(error: BaseException) -> int:
+    """What the command ends with after an error."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 2 if isinstance(error, UserError) else 1
 
 
 def fit(cli: RecipeCLI, folder: Path) -> int:
     """Train, from scratch or from the newest whole checkpoint of the run folder."""
-    _refuse_many_processes(cli)
-    cli.datamodule.prepare_data()
-    owner = lock(folder, must_hold_checkpoints=cli.settings["resume"] == "required")
-    start_log(folder)
-    cli.model.trajectory = trajectory(cli)
-    resume = decide_resume(folder, cli.settings["resume"], cli.model.trajectory)
-    record_launch(folder, cli.resolved_recipe)
-    if resume is not None:
-        cli.callback(Checkpoints).resume_from = resume.path
-        cli.datamodule.start_step = resume.step
-    elif (metrics := folder / "metrics.jsonl").exists():
-        metrics.unlink()
-    end = _apply_cool_down(cli, resume)
-    if resume is not None and resume.step >= end:
-        log.info(f"nothing to do: {resume.step} of {end} steps are done")
-        if not (folder / "DONE").exists():
-            _finish(cli, folder, resume)
+    with ExitStack() as owned:
+        return _fit(cli, folder, owned)
+
+
+def _fit(cli: RecipeCLI, folder: Path, owned: ExitStack) -> int:
+    launch = cli.callback(Launch)
+    alone = cli.starts_processes or cli.trainer.world_size == 1
+    if cli.trainer.is_global_zero:
+        decision = launch.decide(lambda: _decide(cli, folder, owned), alone)
+        if alone and decision.nothing_to_do and not decision.validate:
+            return 0
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    except NothingToDo:
+        if launch.decision.validate:
+            _validate_last(cli, folder)
         return 0
-    (folder / "DONE").unlink(missing_ok=True)
-    for line in describe(cli, end):
-        log.info(line)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    owner.close()
     if cli.callback(GracefulStop).stopped:
         return EXIT_RESUMABLE
-    mark_done(folder, cli.trainer.global_step)
-    log.info(f"done: {cli.trainer.global_step} steps; run folder {folder}")
+    if cli.trainer.is_global_zero:
+        mark_done(folder, cli.trainer.global_step)
+        log.info(f"done: {cli.trainer.global_step} steps; run folder {folder}")
     return 0
 
 
-def _finish(cli: RecipeCLI, folder: Path, resume: Resume) -> None:
+def _decide(cli: RecipeCLI, folder: Path, owned: ExitStack) -> Decision:
+    """Own the run folder and find out where to go on from: on one process, for all."""
+    cli.datamodule.prepare_data()
+    owned.enter_context(lock(folder, must_hold_checkpoints=cli.settings["resume"] == "required"))
+    start_log(folder)
+    recorded = trajectory(cli)
+    resume = decide_resume(folder, cli.settings["resume"], recorded, cli.settings["resume_lr"])
+    record_launch(folder, cli.resolved_recipe)
+    if cli.wandb_id is not None:
+        (folder / WANDB_ID).write_text(cli.wandb_id + "\n", encoding="utf-8")
+    if resume is None:
+        for name in ("metrics.jsonl", "events.jsonl", "skipped.json"):
+            (folder / name).unlink(missing_ok=True)
+    end, rate = _rate(cli, resume, recorded)
+    done = resume is not None and resume.step >= end
+    if done:
+        log.info(f"nothing to do: {resume.step} of {end} steps are done")
+    validate = done and not (folder / "DONE").exists()
+    if validate and _is_validated(folder, resume.step):
+        finish(folder, resume.step)
+        validate = False
+    if not done:
+        (folder / "DONE").unlink(missing_ok=True)
+    return Decision(
+        trajectory=recorded,
+        checkpoint=None if resume is None else str(resume.path),
+        start_step=0 if resume is None else resume.step,
+        end=end,
+        rate=rate,
+        stability=None if resume is None else resume.progress.get("stability"),
+        nothing_to_do=done,
+        validate=validate,
+    )
+
+
+def _is_validated(folder: Path, step: int) -> bool:
+    return any("val_loss" in record and record["step"] == step for record in read_metrics(folder / "metrics.jsonl"))
+
+
+def _validate_last(cli: RecipeCLI, folder: Path) -> None:
     """Make up for what a kill between the last checkpoint and the end of the run prevented."""
-    path = folder / "metrics.jsonl"
-    if not any("val_loss" in record and record["step"] == resume.step for record in read_metrics(path)):
-        _validate_checkpoint(cli, resume.path)
+    step = cli.callback(Launch).decision.start_step
+    cli.callback(Logging).validated_step = step
+    log.info(f"validating step {step}, which was not done before the run ended")
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    if cli.trainer.is_global_zero:
         if cli.model.validation_metrics:
-            file = MetricsFile(path)
-            file.append({"step": resume.step, **cli.model.validation_metrics})
+            file = MetricsFile(folder / "metrics.jsonl")
+            file.append({"step": step, **cli.model.validation_metrics})
             file.close()
-    draw_loss_curve(path, folder / "loss.png")
-    mark_done(folder, resume.step)
+        finish(folder, step)
 
 
-def _refuse_many_processes(cli: RecipeCLI) -> None:
-    if (ranks := cli.trainer.world_size) > 1:
-        raise UserError(
-            f"the recipe asks for {ranks} processes (trainer.devices x trainer.num_nodes); this version trains in one: "
-            "set trainer.devices and trainer.num_nodes to 1"
-        )
+def finish(folder: Path, step: int) -> None:
+    """The last files of a run."""
+    draw_loss_curve(folder / "metrics.jsonl", folder / "loss.png")
+    mark_done(folder, step)
 
 
 def validate(cli: RecipeCLI, folder: Path) -> int:
     """Validation loss of the run's newest whole checkpoint."""
+    if cli.trainer.is_global_zero:
+        alone = cli.starts_processes or cli.trainer.world_size == 1
+        cli.callback(Launch).decide(lambda: _decide_validation(cli, folder), alone)
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    return 0
+
+
+def _decide_validation(cli: RecipeCLI, folder: Path) -> Decision:
     path, broken = newest_whole(folder / "checkpoints")
     for sentence in broken:
         log.warning(sentence)
     if path is None:
         raise UserError(f"{folder}/checkpoints: no whole checkpoint to validate; train first with llmrecipes fit")
-    _validate_checkpoint(cli, path)
-    return 0
-
-
-def _validate_checkpoint(cli: RecipeCLI, path: Path) -> None:
-    cli.model.configure_model()
-    cli.model.model.load_state_dict(read_tensors(path, "model"), strict=True)
     cli.callback(Logging).validated_step = step = read_info(path)["step"]
     log.info(f"validating {path} ({step} steps)")
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    return Decision(checkpoint=str(path), start_step=step)
 
 
 def trajectory(cli: RecipeCLI) -> dict[str, Any]:
@@ -127,28 +185,24 @@ def trajectory(cli: RecipeCLI) -> dict[str, Any]:
         "data": data | {"shards": cli.datamodule.fingerprint()["train"]},
         "trainer": {"precision": cli.trainer.precision},
         # With decay: null the schedule ends with the run: another trainer.max_steps is then another schedule.
-        "step at which the learning rate reaches its floor": cli.model.schedule.decay_steps(length),
+        FLOOR_REACHED: cli.model.schedule.decay_steps(length),
     }
 
 
-def _apply_cool_down(cli: RecipeCLI, resume: Resume | None) -> int:
-    """Start the cool-down asked for now, or go on with the recorded one; returns the last step of the run."""
-    asked = cli.settings["cool_down"]
-    recorded = resume.progress["cool_down"] if resume else None
-    if recorded:
-        start, duration = recorded[0], Duration.parse(recorded[1])
-        if asked is not None:
-            log.info(f"the cool-down begun at step {start} over {duration} goes on; --cool_down is not applied again")
-    elif asked is None:
-        return cli.trainer.max_steps
-    elif resume is None:
-        raise UserError("--cool_down ends a run that has begun: there is no checkpoint to start it from")
-    else:
-        start, duration = resume.step, asked
-    end = start + duration.to_steps(cli.datamodule.tokens_per_step)
-    log.info(f"cooling down from step {start} to the end at step {end}")
-    cli.model.start_cool_down = (start, duration)
-    return end
+def _rate(cli: RecipeCLI, resume: Resume | None, present: dict[str, Any]) -> tuple[int, RatePlan]:
+    """The last step of the run, and what becomes of its learning rate."""
+    step, progress = (None, {}) if resume is None else (resume.step, resume.progress)
+    plan = plan_rate(cli.settings["resume_lr"], cli.settings["cool_down"], step, progress, present)
+    end = plan.end(RunLength(cli.trainer.max_steps, cli.datamodule.tokens_per_step))
+    if plan.cool_down is not None:
+        log.info(f"cooling down from step {plan.cool_down[0]} to the end at step {end}")
+    return end, plan
+
+
+def announce(cli: RecipeCLI, end: int) -> None:
+    """Say what is about to run."""
+    for line in describe(cli, end):
+        log.info(line)
 
 
 def describe(cli: RecipeCLI, end: int) -> list[str]:
@@ -157,12 +211,16 @@ def describe(cli: RecipeCLI, end: int) -> list[str]:
     sizes = f"model {config.num_params:,} parameters"
     if config.moe:
         sizes += f", {config.active_params:,} active ({config.moe.num_experts} experts, top {config.moe.top_k})"
-    accumulation = data.global_batch // data.micro_batch
+    accumulation = data.global_batch // (data.micro_batch * data.data_ranks)
+    strategy = trainer.strategy
+    where = f"{trainer.world_size} x {strategy.root_device.type}"
+    if isinstance(strategy, ShardedStrategy):
+        where += f", {strategy.describe()}"
     lines = [
         f"run folder {trainer.default_root_dir}",
-        f"{sizes}; {trainer.precision} on {trainer.world_size} x {cli.trainer.strategy.root_device.type}",
+        f"{sizes}; {trainer.precision} on {where}",
         f"step: {data.global_batch} sequences x {data.seq_len} = {data.tokens_per_step:,} tokens, "
-        f"{accumulation} micro-batch{'es' if accumulation > 1 else ''}; "
+        f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} of {data.micro_batch} per process; "
         f"{end} steps = {end * data.tokens_per_step:,} tokens",
     ]
     return lines + data.describe(end)

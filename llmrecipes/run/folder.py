@@ -15,6 +15,8 @@ from llmrecipes.callbacks.metrics_file import rewind_metrics
 from llmrecipes.checkpoint import checkpoints, newest_whole, read_info
 from llmrecipes.errors import UserError
 from llmrecipes.recipe import diff
+from llmrecipes.run.lr_changes import ResumeLR, without_rate
+from llmrecipes.run.rollback import finish_rollbacks
 
 log = logging.getLogger("llmrecipes")
 
@@ -29,7 +31,7 @@ class Resume:
 
 
 def lock(folder: Path, must_hold_checkpoints: bool = False) -> IO[str]:
-    """Own the folder until the process ends, however it ends.
+    """Own the folder until the file is closed or the process ends, however it ends.
 
     Args:
         folder: made when missing.
@@ -58,13 +60,14 @@ def lock(folder: Path, must_hold_checkpoints: bool = False) -> IO[str]:
     return file
 
 
-def decide_resume(folder: Path, resume: str, trajectory: dict[str, Any]) -> Resume | None:
+def decide_resume(folder: Path, resume: str, trajectory: dict[str, Any], resume_lr: ResumeLR = "keep") -> Resume | None:
     """Which checkpoint to go on from; says so in the log.
 
     Args:
         folder: ``RUN_ROOT/<recipe name>``.
         resume: ``auto``, ``never`` (an earlier run's files step aside) or ``required``.
         trajectory: what determines the run; must equal the checkpoint's.
+        resume_lr: with ``override`` and ``restart`` the learning rate's settings may differ.
 
     Raises:
         UserError: nothing to resume though required, nothing whole to resume from, or another recipe's checkpoint.
@@ -74,6 +77,7 @@ def decide_resume(folder: Path, resume: str, trajectory: dict[str, Any]) -> Resu
         _step_aside(folder)
         log.info(f"starting fresh in {folder} (resume: never)")
         return None
+    finish_rollbacks(folder)
     path, broken = newest_whole(root)
     for sentence in broken:
         log.warning(sentence)
@@ -85,27 +89,39 @@ def decide_resume(folder: Path, resume: str, trajectory: dict[str, Any]) -> Resu
         log.info(f"starting fresh in {folder}: no checkpoint there")
         return None
     info = read_info(path)
-    _refuse_other_recipe(path, info["progress"]["trajectory"], trajectory)
+    _refuse_other_recipe(path, info["progress"]["trajectory"] or {}, trajectory, resume_lr)
     rewind_metrics(folder / "metrics.jsonl", info["step"], path / "metrics.jsonl")
     log.info(f"resuming from {path}: {info['step']} steps, {info['progress']['consumed_tokens']:,} tokens done")
     return Resume(path, info["step"], info["progress"])
 
 
-def _refuse_other_recipe(path: Path, saved: dict[str, Any] | None, present: dict[str, Any]) -> None:
-    changes = diff(saved or {}, present)
-    if changes:
-        raise UserError(
-            f"{path} was trained with another recipe (checkpoint -> now):",
-            *(f"  {change}" for change in changes),
-            "  restore these values to go on, give this run another name, or start again with --resume never",
-        )
+def _refuse_other_recipe(path: Path, saved: dict[str, Any], present: dict[str, Any], resume_lr: ResumeLR) -> None:
+    other = diff(without_rate(saved), without_rate(present))
+    changes = other if resume_lr in ("override", "restart") else diff(saved, present)
+    if not changes:
+        return
+    ask = "" if other else "; --resume_lr override takes a new learning rate from here on, restart also warms up again"
+    raise UserError(
+        f"{path} was trained with another recipe (checkpoint -> now):",
+        *(f"  {change}" for change in changes),
+        f"  restore these values to go on, give this run another name, or start again with --resume never{ask}",
+    )
 
 
 def _step_aside(folder: Path) -> None:
     """Rename what an earlier run left, so that nothing is lost and nothing is mixed up."""
     mine = [
         folder / name
-        for name in ("checkpoints", "metrics.jsonl", "samples", "loss.png", "DONE")
+        for name in (
+            "checkpoints",
+            "metrics.jsonl",
+            "events.jsonl",
+            "skipped.json",
+            "samples",
+            "loss.png",
+            "DONE",
+            "wandb_id",
+        )
         if (folder / name).exists()
     ]
     if mine:

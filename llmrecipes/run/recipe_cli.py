@@ -10,16 +10,22 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, Samples
-from llmrecipes.checkpoint import Checkpoints
+from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, Samples, StabilityGuard
+from llmrecipes.checkpoint import Checkpoints, checkpoints
 from llmrecipes.data import PackedShards
+from llmrecipes.distributed import ShardedStrategy
 from llmrecipes.errors import UserError
 from llmrecipes.modules import StepModule
-from llmrecipes.recipe import Duration
+from llmrecipes.recipe import Duration, TimeSpan
+from llmrecipes.run.lr_changes import ResumeLR
+from llmrecipes.run.rollback import roll_back
+from llmrecipes.run.wandb_run import give_run_id
 
 register_type(Duration, str, Duration.parse)
+register_type(TimeSpan, str, TimeSpan.parse)
 
 SUBCOMMANDS = ("fit", "validate")
 
@@ -65,7 +71,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, subcommand: str, args: list[str]) -> None:
         self._only = subcommand
-        words = [subcommand, *args]
+        self._words = words = [subcommand, *args]
         super().__init__(
             model_class=StepModule,
             datamodule_class=PackedShards,
@@ -106,17 +112,26 @@ class RecipeCLI(LightningCLI):
             default=None,
             help="end the run now: let the rate fall over this length",
         )
+        parser.add_argument(
+            "--resume_lr", type=ResumeLR, default="keep", help="whether a resumed run may change its learning rate"
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("seed", "model.init_args.seed")
         parser.link_arguments("model.init_args.config.vocab_size", "data.init_args.vocab_size")
+        # First of all: who looks at a step sees what the guard made of it.
+        parser.add_lightning_class_args(StabilityGuard, "stability")
         parser.add_lightning_class_args(Logging, "logging")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")
+        # After all who look at a step: what they do belongs to it.
+        parser.add_lightning_class_args(GracefulStop, "stop")
 
     def before_instantiate_classes(self) -> None:
         # Written down, so that the resolved recipe belongs to the same run wherever it is copied.
         self.settings["name"] = self.settings["name"] or Path(str(self.settings["config"][0])).stem
+        self._resolved = self._parser(self._only).dump(self.settings, skip_unset=False, skip_link_targets=True)
+        self.wandb_id = give_run_id(self.settings["trainer"], self.folder, fresh=self.settings["resume"] == "never")
 
     def _set_seed(self) -> None:
         L.seed_everything(self.settings["seed"], verbose=False)
@@ -140,7 +155,13 @@ class RecipeCLI(LightningCLI):
     @property
     def resolved_recipe(self) -> str:
         """The recipe with every default and override, as YAML that ``fit --config`` takes."""
-        return self._parser(self._only).dump(self.settings, skip_unset=False, skip_link_targets=True)
+        return self._resolved
+
+    @property
+    def starts_processes(self) -> bool:
+        """Whether this process starts the others itself; torchrun and srun have started them already."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        return environment is not None and not environment.creates_processes_externally
 
     def callback(self, kind: type) -> Any:
         """The one callback of this class that the recipe configured."""
@@ -153,5 +174,25 @@ class RecipeCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError) as error:  # what only this machine can know: no GPU
             raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
         saver = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
-        trainer.callbacks += [GracefulStop(saver.save), LossCurve()]
+        next(c for c in trainer.callbacks if isinstance(c, StabilityGuard)).roll_back = roll_back
+        next(c for c in trainer.callbacks if isinstance(c, GracefulStop)).save = saver.save
+        trainer.callbacks.append(LossCurve())
+        # Lightning's own way with signals saves or broadcasts in the middle of a step, and asks all at each batch.
+        trainer._signal_connector = NoSignals(trainer)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        if isinstance(trainer.strategy, ShardedStrategy):
+            trainer.strategy.advice = self._advice
+            trainer.strategy.launch_command = [sys.executable, "-m", "llmrecipes", *self._words]
         return trainer
+
+    def _advice(self) -> str:
+        """What to do after the job was lost."""
+        saved = checkpoints(self.folder / "checkpoints")
+        return f"the same command goes on from {saved[-1]}" if saved else "no checkpoint was written yet"
+
+
+class NoSignals(_SignalConnector):
+    """Leaves signals to :class:`llmrecipes.process.StopSignals`."""
+
+    def register_signal_handlers(self) -> None:
+        """Nothing."""

@@ -55,3 +55,28 @@ def test_wandb_offline(tmp_path, recipe, monkeypatch):
             assert repr(value).encode() in content, (name, value)
             seen += 1
     assert seen > 4 * 15
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_one_wandb_run(tmp_path, recipe, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe(steps=6)
+    recipe["model"]["init_args"]["schedule"]["init_args"]["decay"] = "6 steps"
+    arguments = {"project": "test", "save_dir": str(tmp_path), "offline": True}
+    identities = []
+    for steps in (3, 6):
+        recipe["trainer"]["max_steps"] = steps
+        try:
+            fit_with(tmp_path, recipe, "WandbLogger", **arguments)
+        finally:
+            wandb.finish()
+            wandb.teardown()
+        identities.append((tmp_path / "runs" / "dense" / "wandb_id").read_text().strip())
+    assert identities[0] == identities[1]
+    runs = {path.name.removeprefix("run-").removesuffix(".wandb") for path in tmp_path.glob("wandb/*/run-*.wandb")}
+    assert runs == {identities[0]}
+    assert "wandb_id" not in (tmp_path / "runs" / "dense" / "recipe.yaml").read_text()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-import torch
-from helpers import cli, trajectory, write_recipe
+from helpers import cli, saved_tensors, trajectory, write_recipe
 
 from llmrecipes.callbacks import samples as samples_module
 from llmrecipes.models import generate
@@ -25,9 +24,7 @@ def test_training_is_bit_identical_with_and_without(tmp_path, with_words, monkey
     without = fit(tmp_path, recipe, "without", {})
     with_them = fit(tmp_path, recipe, "with", SAMPLES)
     assert trajectory(with_them) == trajectory(without)
-    for part in ("model", "optimizer", "rng-00000"):
-        file = f"checkpoints/step=000006/{part}.safetensors"
-        assert (with_them / file).read_bytes() == (without / file).read_bytes()
+    assert saved_tensors(with_them, 6) == saved_tensors(without, 6)
     texts = sorted(path.name for path in (with_them / "samples").iterdir())
     assert texts == ["step=000002.txt", "step=000004.txt", "step=000006.txt"]
     assert not (without / "samples").exists()
@@ -35,12 +32,13 @@ def test_training_is_bit_identical_with_and_without(tmp_path, with_words, monkey
     assert re.fullmatch(r"日本の│(\S+ ?)+\n\nw5 w6│(\S+ ?)+\n", text), text
     assert (with_them / "log.txt").read_text(encoding="utf-8").count("sample ") == 3
 
-    # Mutant: a draw from the global generator is noticed.
-    def greedy_for_randomness(*args, **kwargs):
-        torch.rand(1)
-        return generate(*args, **kwargs)
+    # Mutant: a model left without dropout is noticed.
+    def leaves_evaluating(model, *args, **kwargs):
+        written = generate(model, *args, **kwargs)
+        model.eval()
+        return written
 
-    monkeypatch.setattr(samples_module, "generate", greedy_for_randomness)
+    monkeypatch.setattr(samples_module, "generate", leaves_evaluating)
     assert trajectory(fit(tmp_path, recipe, "mutant", SAMPLES)) != trajectory(without)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmrecipes.checkpoint import TrainingState, files
+from llmrecipes.checkpoint import TrainingState, durable
 from llmrecipes.checkpoint.state import rng_state
 
 
@@ -37,13 +36,12 @@ def small_state(step: int = 3) -> TrainingState:
     )
 
 
-# Everything through which a checkpoint reaches the disk.
+# Everything through which a checkpoint reaches the disk, and through which it is read back.
 WRITES = [
-    (files, "save_file"),
+    (durable, "put"),
     (os, "fsync"),
-    (shutil, "copyfile"),
     (Path, "mkdir"),
-    (Path, "write_text"),
+    (Path, "open"),
     (Path, "rename"),
 ]
 
@@ -69,10 +67,9 @@ class Saboteur:
             self.count += 1
             self.calls.append(name)
             if self.count == self.at:
-                if name == "save_file":
-                    Path(args[1]).write_bytes(b"\x08\0\0\0\0\0\0\0half")
-                if name == "write_text":
-                    args[0].write_bytes(args[1].encode()[: len(args[1]) // 2])
+                if name == "put":
+                    args[0].write(memoryview(args[1])[: len(args[1]) // 2])
+                    args[0].flush()
                 self.act()
             return original(*args, **kwargs)
 

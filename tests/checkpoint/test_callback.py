@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import lightning.pytorch as L
 import pytest
@@ -11,7 +12,7 @@ import torch
 from states import Saboteur, disk_full
 from torch import nn
 
-from llmrecipes.checkpoint import CheckpointError, Checkpoints, checkpoints, newest_whole, read_info
+from llmrecipes.checkpoint import CheckpointError, Checkpoints, checkpoints, newest_whole, read_info, write_checkpoint
 from llmrecipes.checkpoint import callback as callback_module
 from llmrecipes.checkpoint.callback import Validated, set_loop_position
 
@@ -38,6 +39,7 @@ class Small(L.LightningModule):
     """As little of a StepModule as the callback asks for; the n-th validation loss is the n-th of ``losses``."""
 
     tokens_per_step = 10
+    passed_over = False
 
     def __init__(self, losses=()):
         super().__init__()
@@ -62,6 +64,9 @@ class Small(L.LightningModule):
 
     def progress(self):
         return {"step": self.trainer.global_step}
+
+    def settle(self):
+        pass
 
 
 class Ones:
@@ -157,7 +162,7 @@ def resume(folder, steps, losses=(), **trainer):
     return module, callback
 
 
-@pytest.mark.parametrize("lost", [None, "set_rng_state", "load_optimizer_state", "set_loop_position"])
+@pytest.mark.parametrize("lost", [None, "set_rng_state", "load_optimizer", "set_loop_position"])
 def test_resumed_equals_uninterrupted_and_each_part_of_it_matters(tmp_path, monkeypatch, lost):
     """With a part not restored (the mutants) the parameters, or the number of steps, are others."""
     torch.manual_seed(1)
@@ -169,7 +174,7 @@ def test_resumed_equals_uninterrupted_and_each_part_of_it_matters(tmp_path, monk
         monkeypatch.setattr(callback_module, lost, lambda *_: None)
     module, _ = resume(tmp_path / "halves", 6)
     equal = module.trained == whole.trained[3:]
-    for part in ("model", "optimizer", "rng-00000"):
+    for part in ("model/shard-00000", "optimizer/shard-00000", "rng-00000"):
         file = f"checkpoints/step=000006/{part}.safetensors"
         equal = equal and (tmp_path / "whole" / file).read_bytes() == (tmp_path / "halves" / file).read_bytes()
     assert equal == (lost is None)
@@ -234,3 +239,84 @@ def test_a_full_disk_stops_the_run_and_the_older_one_stays(tmp_path, monkeypatch
     monkeypatch.undo()
     assert newest_whole(tmp_path / "checkpoints")[0].name == "step=000004"
     assert names(tmp_path) == ["step=000003", "step=000004"]
+
+
+def test_saving_in_the_background_leaves_the_same_run_folder(tmp_path):
+    """Checkpoints, what is purged, the best one: nothing depends on when the writing ends."""
+    folders = {}
+    for name, in_background in (("now", False), ("meanwhile", True)):
+        torch.manual_seed(1)
+        callback = Checkpoints(every="1 steps", keep_last=2, keep_every="5 steps", async_save=in_background)
+        run(tmp_path / name, callback, 12, Small([5.0, 4.0, 3.0, 4.0, 5.0, 6.0]), val_check_interval=2)
+        root = tmp_path / name / "checkpoints"
+        folders[name] = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        assert callback.stall_seconds > 0
+        assert callback.stall_seconds <= callback.save_seconds + 1e-3 or in_background
+        assert (root / "latest").resolve().name == "step=000012"
+    assert names(tmp_path / "meanwhile") == [f"step={s:06d}" for s in (5, 6, 10, 11, 12)]
+    assert folders["now"] == folders["meanwhile"]
+
+
+@pytest.mark.parametrize("stop", ["save", "save_now"])
+def test_a_save_in_flight_is_finished_when_training_ends(tmp_path, monkeypatch, stop):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                self.path = getattr(callback, stop)(trainer, pl_module)
+                self.there = self.path.exists()
+                trainer.should_stop = True
+
+    written = []
+
+    def slowly(*args):
+        time.sleep(0.1)
+        written.append(write_checkpoint(*args))
+        return written[-1]
+
+    monkeypatch.setattr(callback_module, "write_checkpoint", slowly)
+    callback, ending = Checkpoints(every="100 steps", async_save=True), Stop()
+    run_with(tmp_path, [callback, ending], 8)
+    assert ending.there == (stop == "save_now")
+    assert names(tmp_path) == ["step=000003"]
+    assert newest_whole(tmp_path / "checkpoints")[0] == ending.path == written[-1]
+
+
+def run_with(folder, callbacks, steps):
+    trainer = L.Trainer(**QUIET, max_steps=steps, default_root_dir=str(folder), callbacks=callbacks)
+    module = Small()
+    trainer.fit(module, Ones())
+    return module
+
+
+def test_a_failed_save_in_the_background_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
+    module = Small()
+
+    class Full(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx >= 3 and (thread := callback._background._thread):
+                thread.join()  # it has had its time
+            if batch_idx == 3:
+                Saboteur(monkeypatch, 5, disk_full)
+
+    callback = Checkpoints(every="1 steps", async_save=True)
+    trainer = L.Trainer(**QUIET, max_steps=8, default_root_dir=str(tmp_path), callbacks=[callback, Full()])
+    with pytest.raises(CheckpointError, match="No space left"):
+        trainer.fit(module, Ones())
+    monkeypatch.undo()
+    assert [step for step, _ in module.trained] == [1, 2, 3, 4, 5]
+    assert newest_whole(tmp_path / "checkpoints")[0].name == "step=000003"
+
+
+def test_the_note_of_the_best_waits_for_its_checkpoint(tmp_path, monkeypatch):
+    """Else a kill in between would leave a best step without a checkpoint, and the former best forgotten."""
+    write = Validated.write
+    seen = []
+
+    def note(self, root):
+        seen.append((self.best_step, newest_whole(root)[0].name))
+        write(self, root)
+
+    monkeypatch.setattr(Validated, "write", note)
+    callback = Checkpoints(every="100 steps", async_save=True)
+    run(tmp_path, callback, 4, Small([5.0, 4.0]), val_check_interval=2)
+    assert seen == [(2, "step=000002"), (4, "step=000004")]

@@ -9,7 +9,15 @@ import signal
 import pytest
 from states import Saboteur, kill_9, small_state
 
-from llmrecipes.checkpoint import checkpoints, newest_whole, verify, write_checkpoint
+from llmrecipes.checkpoint import (
+    checkpoints,
+    newest_whole,
+    quarantine,
+    retention,
+    verify,
+    whole_checkpoints,
+    write_checkpoint,
+)
 from llmrecipes.checkpoint.files import checkpoint_name
 from llmrecipes.checkpoint.retention import point_latest, purge, remove_leftovers, set_aside_after
 
@@ -106,7 +114,7 @@ def test_broken_later_ones_no_longer_count_as_the_newest(tmp_path):
     """Else ``keep_last: 1`` would keep a broken checkpoint of the lost future and delete the good one."""
     for step in (3, 6, 9):
         write_checkpoint(tmp_path, small_state(step))
-    (tmp_path / "step=000009" / "model.safetensors").unlink()
+    (tmp_path / "step=000009" / "model" / "shard-00000.safetensors").unlink()
     path, _ = newest_whole(tmp_path)
     assert path.name == "step=000006"
     set_aside_after(tmp_path, 6)
@@ -118,3 +126,45 @@ def test_broken_later_ones_no_longer_count_as_the_newest(tmp_path):
     fake(tmp_path, 9)
     set_aside_after(tmp_path, 7)  # a second one of that name
     assert steps(tmp_path) == [7]
+
+
+def test_quarantined_ones_never_count_and_are_never_overwritten(tmp_path):
+    for step in (3, 6, 9, 12):
+        write_checkpoint(tmp_path, small_state(step))
+    renamed = quarantine(tmp_path, 6)
+    assert [path.name for path in renamed] == ["quarantined-step=000009", "quarantined-step=000012"]
+    assert all(verify(path) is None for path in renamed)  # there to be looked at
+    assert steps(tmp_path) == [3, 6]
+    assert newest_whole(tmp_path) == (tmp_path / "step=000006", [])
+    fake(tmp_path, 9)
+    assert quarantine(tmp_path, 6) == [tmp_path / "quarantined-step=000009.2"]
+    fake(tmp_path, 9, 20)
+    purge(tmp_path, 1, None, [])
+    set_aside_after(tmp_path, 20)
+    remove_leftovers(tmp_path)
+    assert quarantine(tmp_path, 20) == []
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "quarantined-step=000009",
+        "quarantined-step=000009.2",
+        "quarantined-step=000012",
+        "step=000020",
+    }
+
+
+def test_whole_ones_newest_first_and_none_verified_before_its_turn(tmp_path, monkeypatch):
+    for step in (3, 6, 9, 12):
+        write_checkpoint(tmp_path, small_state(step))
+    (tmp_path / "step=000009" / "state.json").unlink()
+    asked = []
+    monkeypatch.setattr(retention, "verify", lambda path: asked.append(path.name) or verify(path))
+    found = whole_checkpoints(tmp_path)
+    assert next(found) == tmp_path / "step=000012"
+    assert asked == ["step=000012"]
+    assert list(found) == [
+        f"{tmp_path}/step=000009 is broken and passed over: state.json is missing",
+        tmp_path / "step=000006",
+        tmp_path / "step=000003",
+    ]
+    assert newest_whole(tmp_path, before=12)[0] == tmp_path / "step=000006"
+    assert newest_whole(tmp_path, before=6) == (tmp_path / "step=000003", [])
+    assert newest_whole(tmp_path, before=3) == (None, [])

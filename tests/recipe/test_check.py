@@ -80,8 +80,8 @@ RULES = [
     ((WSD,), ("decay: expected a length such as '2000 steps', not null",)),
     ((("floor: 0.05", "floor: -1"),), ("floor -1 is negative",)),
     ((("lr: 1e-3", "lr: 0"),), ("lr 0 is not positive",)),
-    ((("max_steps: 62500", "max_steps: 62500\n  devices: 5"),), ("micro_batch 8 x 5 data ranks = 40 - use 1120 or 1160",)),
-    ((("max_steps: 62500", "max_steps: 62500\n  devices: 4\n  num_nodes: 2"),), ()),
+    ((("max_steps: 62500", "max_steps: 62500\n  devices: 5\n  strategy: {class_path: llmrecipes.distributed.ShardedStrategy, init_args: {mode: no_shard}}"),), ("micro_batch 8 x 5 data ranks = 40 - use 1120 or 1160",)),
+    ((("max_steps: 62500", "max_steps: 62500\n  devices: 4\n  num_nodes: 2\n  strategy: {class_path: llmrecipes.distributed.ShardedStrategy}"),), ()),
     ((("max_steps: 62500", "max_steps: 62500\n  devices: auto"),), ()),
     ((("micro_batch: 8", "micro_batch: 0"),), ("micro_batch 0 is less than 1",)),
     ((("data/ja: 0.5", "data/ja: -1"),), ("the weight of data/ja is negative, -1",)),
@@ -190,4 +190,4 @@ def test_the_words_after_fit(folder):
 def test_every_section_stands_for_a_class_that_exists():
     sources = Sources()
     found = [name for name, path in SECTION_CLASSES.items() if sources.find(path) is not None]
-    assert found == ["trainer", "checkpoint", "logging", "samples"]
+    assert found == ["trainer", "checkpoint", "logging", "samples", "stop", "stability"]

@@ -304,7 +304,7 @@ def test_resume_says_from_where_and_equals_one_go(fit, go_on, finished, capsys):
 
 
 def test_a_broken_newest_checkpoint_falls_back_and_still_equals_one_go(fit, go_on, finished, capsys):
-    weights = go_on / "checkpoints" / "step=000009" / "model.safetensors"
+    weights = go_on / "checkpoints" / "step=000009" / "model" / "shard-00000.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
@@ -312,7 +312,7 @@ def test_a_broken_newest_checkpoint_falls_back_and_still_equals_one_go(fit, go_o
     out = capsys.readouterr().out
     warnings = [line for line in out.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1
-    assert "step=000009 is broken and passed over: the checksum of model.safetensors is wrong" in warnings[0]
+    assert "step=000009 is broken and passed over: model/shard-00000.safetensors has a wrong checksum" in warnings[0]
     assert "resuming from" in out and "step=000008: 8 steps" in out
     assert trajectory(go_on) == trajectory(finished)
 
@@ -505,12 +505,12 @@ def test_a_diverging_run_stops_before_the_step_and_says_where_to_go_on(fit, go_o
 
 
 def test_a_full_disk_is_one_line(fit, tmp_path, capsys, monkeypatch):
-    from llmrecipes.checkpoint import files
+    from llmrecipes.checkpoint import durable
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(durable, "put", full)
     lines = error_lines(capsys, fit(), expected=1)
     assert len(lines) == 1
     assert re.match(r"stopped: writing .*step=000003 failed: .*No space left on device", lines[0])

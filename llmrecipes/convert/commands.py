@@ -1,0 +1,51 @@
+"""The stages of `llmrecipes convert`: names, functions and help, without importing any of them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from llmrecipes.errors import UserError
+
+
+class Stage(NamedTuple):
+    """Where the function of a stage is, and what it does in one line."""
+
+    module: str
+    function: str
+    help: str
+
+    def load(self) -> Callable[..., None]:
+        """Imports the module and returns the function; its arguments are the options of the command."""
+        function: Callable[..., None] = getattr(importlib.import_module(self.module), self.function)
+        return function
+
+
+STAGES = {
+    "consolidate": Stage(
+        "llmrecipes.convert.consolidate", "consolidate", "one safetensors folder of a checkpoint that many ranks wrote"
+    ),
+}
+
+
+def main(words: list[str]) -> int:
+    """``llmrecipes convert STAGE ...``.
+
+    Raises:
+        UserError: no such stage, or what the stage itself finds wrong.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<12} {stage.help}" for name, stage in STAGES.items())
+        print(f"usage: llmrecipes convert STAGE [options]\n\n{rows}\n\nllmrecipes convert STAGE --help for its options")
+        return 0
+    name, *rest = words
+    if name not in STAGES:
+        close = difflib.get_close_matches(name, STAGES, n=1)
+        meant = f" - did you mean '{close[0]}'?" if close else f"; there are: {', '.join(STAGES)}"
+        raise UserError(f"convert {name}: no such stage{meant}")
+    import jsonargparse
+
+    jsonargparse.auto_cli(STAGES[name].load(), args=rest, as_positional=True, prog=f"llmrecipes convert {name}")
+    return 0
