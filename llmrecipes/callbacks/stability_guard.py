@@ -79,8 +79,8 @@ class StabilityGuard(L.Callback):
         non_finite: NonFiniteAction = "stop",
         window: int = 128,
         min_history: int = 32,
-        loss_threshold: float = 10.0,
-        grad_threshold: float = 12.0,
+        loss_threshold: float = 13.0,
+        grad_threshold: float = 16.0,
         patience: int = 5,
         rollback_to: int = 1,
         max_rollbacks: int = 3,
@@ -183,7 +183,8 @@ class StabilityGuard(L.Callback):
 
     def _recovered(self, step: int) -> None:
         if self._bad:
-            log.info(f"step {step}: healthy again after {len(self._bad)} bad steps from {self._bad[0]} on")
+            steps = "1 bad step" if len(self._bad) == 1 else f"{len(self._bad)} bad steps"
+            log.info(f"step {step}: healthy again after {steps} from {self._bad[0]} on")
             self._bad = []
 
     def _warned(self, step: int, reason: str) -> None:

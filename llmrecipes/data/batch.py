@@ -67,7 +67,7 @@ class Batch:
         return int(self.counts()["tokens"])
 
     def counts(self) -> dict[str, Tensor]:
-        """``targets`` (positions trained on) and ``tokens`` (real ones) as int64 scalars: nobody waits for the device."""
+        """``targets`` (positions trained on) and ``tokens`` (real ones) as int64 scalars on the device, unasked."""
         targets, mask = (self.labels != IGNORE).sum(), self.token_mask
         return {
             "targets": targets,
@@ -79,7 +79,7 @@ class Batch:
         return [self.rows(start, start + rows) for start in range(0, self.num_rows, rows)]
 
     def digest(self) -> int:
-        """A sum over rows, so that the ranks' shares add up to that of the whole step: CRC-32 of place, tokens, labels."""
+        """A sum over rows, so that shares add up to that of the whole step: CRC-32 of place, tokens, labels."""
         tokens, labels = (part.detach().cpu().contiguous().numpy() for part in (self.tokens, self.labels))
         total = 0
         for row in range(len(tokens)):

@@ -6,6 +6,7 @@ version, and from meshes that connect the wrong processes. Each is found here, a
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 from collections import Counter
@@ -21,6 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from llmrecipes.distributed.collectives import num_ranks
 from llmrecipes.errors import UserError
+
+log = logging.getLogger("llmrecipes")
 
 # Sums in another order may differ by rounding; another gradient differs by more.
 TOLERANCE = 1e-4
@@ -41,8 +44,11 @@ class SelfCheck(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         strategy: Any = trainer.strategy
         if num_ranks() > 1:
-            check_agreement(self._facts())
-            check_sums(getattr(strategy, "meshes", []), strategy.root_device)
+            facts, meshes = self._facts(), getattr(strategy, "meshes", [])
+            check_agreement(facts)
+            check_sums(meshes, strategy.root_device)
+            if trainer.is_global_zero:
+                log.info(f"self-check: {num_ranks()} ranks agree on {len(facts)} settings; sums over them are right")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         if not self._done and num_ranks() > 1:
@@ -53,6 +59,8 @@ class SelfCheck(L.Callback):
             return
         step = pl_module.last_step
         check_first_gradient(self._digest, float(step.grad_norm), float(step.losses["loss"]))
+        if trainer.is_global_zero:
+            log.info("self-check: the first gradients are the same on all ranks")
         self._done, self._digest = True, None
 
 

@@ -26,7 +26,6 @@ from llmrecipes.modules.step_record import SkippedStep, StepRecord
 from llmrecipes.optim import AdamW, CoolDown, RunLength, Schedule
 from llmrecipes.recipe import Duration
 
-
 log = logging.getLogger("llmrecipes")
 
 

@@ -94,7 +94,7 @@ class PretrainModule(StepModule):
 
     @torch.no_grad()
     def _count_share(self, micro_batches: list[Batch]) -> Tensor:
-        """Tokens per expert of this rank's share, [layers, E], by one more forward with the dropout of the one to come."""
+        """Tokens per expert of this rank's share, [layers, E], by one more forward with the dropout to come."""
         total: Tensor | None = None
         for i, batch in enumerate(micro_batches):
             self.seed_micro_batch(self.trainer.global_step, micro_batches[0].first_row // self.micro_batch + i)

@@ -108,19 +108,20 @@ def _decide(cli: RecipeCLI, folder: Path, owned: ExitStack) -> Decision:
         for name in ("metrics.jsonl", "events.jsonl", "skipped.json"):
             (folder / name).unlink(missing_ok=True)
     end, rate = _rate(cli, resume, recorded)
-    done = resume is not None and resume.step >= end
+    step = 0 if resume is None else resume.step
+    done = resume is not None and step >= end
     if done:
-        log.info(f"nothing to do: {resume.step} of {end} steps are done")
+        log.info(f"nothing to do: {step} of {end} steps are done")
     validate = done and not (folder / "DONE").exists()
-    if validate and _is_validated(folder, resume.step):
-        finish(folder, resume.step)
+    if validate and _is_validated(folder, step):
+        finish(folder, step)
         validate = False
     if not done:
         (folder / "DONE").unlink(missing_ok=True)
     return Decision(
         trajectory=recorded,
         checkpoint=None if resume is None else str(resume.path),
-        start_step=0 if resume is None else resume.step,
+        start_step=step,
         end=end,
         rate=rate,
         stability=None if resume is None else resume.progress.get("stability"),

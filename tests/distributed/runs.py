@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import lightning.pytorch as L
 import torch
+from fp64_module import Fp64Module
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -14,19 +15,11 @@ from torch.distributed.tensor import DTensor
 from llmrecipes.data import PackedShards
 from llmrecipes.distributed import ShardedStrategy
 from llmrecipes.models import ModelConfig, MoEConfig
-from llmrecipes.modules import PretrainModule
 from llmrecipes.optim import AdamW, WarmupCosine
 from llmrecipes.recipe import Duration
 from llmrecipes.run.fit import quiet_lightning
 
 VOCAB = 64
-
-
-class Fp64Module(PretrainModule):
-    """The same stage with fp64 parameters; Lightning's 64-true is not for sharded strategies."""
-
-    def build_model(self):
-        return super().build_model().double()
 
 
 @dataclass

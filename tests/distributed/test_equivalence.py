@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from fp64_module import Fp64Module
 from ranks import run_ranks
-from runs import Fp64Module, Setting, train, train_on, worst
 
 from llmrecipes.modules import base
+from runs import Setting, train, train_on, worst
 
 TOLERANCE = 1e-10
 KINDS = ("dense", "moe-loss", "moe-bias")

@@ -1,4 +1,4 @@
-"""Children of the launcher: their ends are named, none is orphaned, no signal is lost; with processes that start fast."""
+"""Children of the launcher: their ends are named, none is orphaned, no signal is lost."""
 
 from __future__ import annotations
 
@@ -114,17 +114,23 @@ def test_mutant_child_without_blocked_signals_is_killed(launch, monkeypatch):
     assert "was killed by SIGUSR1" in launcher.wait()
 
 
-PARENT = """
+PARENT = '''
 import os, sys, time
 from lightning.fabric.plugins.environments import LightningEnvironment
 from llmrecipes.distributed.launcher import RankLauncher
 launcher = RankLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
-child = "from llmrecipes.process import start_as_child; start_as_child(); print('ready', flush=True); import time; time.sleep(60)"
+child = """
+import time
+from llmrecipes.process import start_as_child
+start_as_child()
+print("ready", flush=True)
+time.sleep(60)
+"""
 launcher.command = [sys.executable, "-c", child]
 launcher.start()
 print(launcher.procs[0].pid, flush=True)
 time.sleep(60)
-"""
+'''
 
 
 @pytest.mark.slow
@@ -159,7 +165,7 @@ def test_the_end_of_a_rank_is_the_end_of_its_children(launch):
     assert launcher.procs[0].returncode == -signal.SIGKILL
     launcher = launch("raise SystemExit(4)")
     with (
-        pytest.raises(RankFailure, match="rank 1 .* ended with exit code 4"),
+        pytest.raises(RankFailure, match=r"rank 1 .* ended with exit code 4"),
         ranks_end_together(Strategy(launcher), int),
     ):
         pass

@@ -94,7 +94,7 @@ def first_gradient(fault: str | None):
     model(torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))).square().sum().backward()
     digest = gradient_digest(model.parameters())
     if fault == "copies not summed":  # each copy was reduced alone; compare as the copies they are meant to be
-        digest = {("copies", rank % 2): numbers for numbers in digest.values()}
+        digest = dict(zip([("copies", rank % 2)], digest.values(), strict=True))
     norm = 1.5 if fault == "norm" and rank == 3 else 1.0
     check_first_gradient(digest, norm, loss=2.0)
 

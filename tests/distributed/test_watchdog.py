@@ -81,8 +81,8 @@ def test_who_waits_is_no_culprit(culprit):
         ranks.seconds(20)
         verdict, seconds = ranks.seconds(100, stuck=[0, 1, 2])
         assert verdict.message == (
-            f"no progress for 30 s (trainer.strategy timeout): rank {culprit} (pid 10{culprit} on n{culprit}) at step 4: "
-            f"{position[1]} (shards.py:7 in rows); the other ranks wait"
+            f"no progress for 30 s (trainer.strategy timeout): rank {culprit} (pid 10{culprit} on n{culprit}) at "
+            f"step 4: {position[1]} (shards.py:7 in rows); the other ranks wait"
         )
         assert seconds == 30
 

@@ -96,7 +96,7 @@ class Job:
             return pid
         code = 70
         try:
-            with (self.folder / f"output-{rank}.txt").open("w") as file:
+            with self._output(rank).open("w") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -113,9 +113,15 @@ class Job:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+
+    def _output(self, rank: int) -> Path:
+        """Beside the folder, which may be on a disk that is full."""
+        return self.folder.with_name(f"{self.folder.name}-output-{rank}.txt")
 
     @property
     def ended(self) -> dict[int, int]:
@@ -156,7 +162,7 @@ class Job:
     def output(self, rank: int | None = None) -> str:
         """What a rank, or all, printed."""
         ranks = range(len(self.pids)) if rank is None else [rank]
-        return "".join((self.folder / f"output-{r}.txt").read_text() for r in ranks)
+        return "".join(self._output(r).read_text() for r in ranks)
 
     def expect(self, *codes: int, seconds: float = 90) -> str:
         """Wait for these exit codes (one = of all ranks); returns what was printed."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import write_recipe
 from broken_runs import fit
+from helpers import write_recipe
 
 STEPS = 12
 

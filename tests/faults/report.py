@@ -1,7 +1,7 @@
 """What the fault suite did, counted: one JSON line per case, and the table of docs/reliability.md made of them.
 
-    LLMRECIPES_FAULTS_REPORT=faults.jsonl python -m pytest tests/faults
-    python tests/faults/report.py faults.jsonl
+LLMRECIPES_FAULTS_REPORT=faults.jsonl python -m pytest tests/faults
+python tests/faults/report.py faults.jsonl
 """
 
 from __future__ import annotations

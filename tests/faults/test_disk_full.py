@@ -6,11 +6,10 @@ import os
 import subprocess
 
 import pytest
-from broken_runs import assert_same, differences, fit, last_step, steps_to_repeat
+from broken_runs import assert_same, fit, last_step, steps_to_repeat
 from helpers import write_recipe
 from report import Case
 
-from llmrecipes.callbacks.metrics_file import MetricsFile
 from llmrecipes.checkpoint import durable, newest_whole
 from llmrecipes.distributed import StepMarks
 
@@ -52,14 +51,14 @@ def at_step(disk, step: int, leave: int = 0):
     return inject
 
 
-def at_piece(disk, number: int):
-    """Something else fills the disk while a checkpoint is written, before its piece of this number."""
+def at_file(disk, name: str):
+    """Something else fills the disk while a checkpoint is written, when this file of rank 0 is begun."""
 
     def inject(rank: int) -> None:
-        real, count = durable.put, iter(range(1, 10**6))
+        real = durable.put
 
         def put(file, piece):
-            if rank == 0 and next(count) == number:
+            if rank == 0 and name in file.name:
                 fill(disk)
             real(file, piece)
 
@@ -68,54 +67,25 @@ def at_piece(disk, number: int):
     return inject
 
 
-def in_metrics(disk, step: int):
-    """The disk is full, to the last byte of the last page, when a step is to be logged."""
-
-    def inject(rank: int) -> None:
-        real = MetricsFile.append
-
-        def append(file, record):
-            if record["step"] == step:
-                fill(disk)
-                with file.path.open("ab") as padding:  # up to the end of the page, then of the disk
-                    size = padding.tell()
-                    padding.write(bytes(-size % 4096))
-                    padding.flush()
-                    os.ftruncate(padding.fileno(), size)
-                    os.posix_fallocate(padding.fileno(), 0, size)
-                file.full = True
-            real(file, record)
-
-        MetricsFile.append = append
-
-    return inject
-
-
-PIECES_OF_A_CHECKPOINT = 44
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_disk_full(small_disk, little, whole, ranks):
-    case = Case(2, "disk full: before a checkpoint, within one, while logging", ranks)
+    case = Case(2, "disk full: while logging, before and within a checkpoint, at the launch", ranks)
     write_recipe(small_disk, little(ranks))
-    run, start = small_disk / "run", PIECES_OF_A_CHECKPOINT if ranks == 1 else PIECES_OF_A_CHECKPOINT + 2
+    run = small_disk / "run"
     faults = [
-        ("stopped: ", at_step(small_disk, 3, leave=4096)),
-        ("stopped: ", at_piece(small_disk, 2)),
-        ("stopped: ", at_piece(small_disk, start + 4)),
-        ("stopped: ", at_piece(small_disk, start + 20)),
-        ("stopped: ", at_step(small_disk, last_step(run) + 1)),
+        (0, at_step(small_disk, 1)),  # the first line of metrics.jsonl
+        (3, at_step(small_disk, 6, leave=8192)),  # too little, noticed beforehand
+        *((3, at_file(small_disk, name)) for name in ("rng", "model/", "optimizer/", "state.json", "manifest.json")),
+        (3, lambda rank: rank == 0 and fill(small_disk)),  # nothing can be done at all
     ]
-    for said, fault in faults:
-        before, _ = newest_whole(run / "checkpoints")
+    for step, fault in faults:
         text = fit(small_disk, ranks=ranks, inject=fault, expect=1)
-        lines = [line for line in text.splitlines() if said in line]
-        assert len(lines) == 1, text
+        (line,) = [line for line in text.splitlines() if "stopped: " in line]
         assert "Traceback" not in text, text
-        assert "space" in lines[0] or "free" in lines[0]
+        assert "No space left" in line or "no space left" in line or "GiB free" in line, line
         newest, broken = newest_whole(run / "checkpoints")
         assert not broken
-        assert newest == before or newest.name > before.name
+        assert (newest is None and step == 0) or newest.name == f"step={step:06d}"
         case.add(lost=steps_to_repeat(run))
         (small_disk / "filler").unlink()
     fit(small_disk, ranks=ranks)

@@ -71,7 +71,7 @@ class Job:
             for stream, name in ((1, "out"), (2, "err")):
                 file = os.open(self.folder / f"{name}{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
                 os.dup2(file, stream)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (open(i, "w", closefd=False) for i in (1, 2))  # noqa: SIM115
             os.environ.update(rank_environment(rank, ranks, self.port) | environment)
             sys.argv = ["llmrecipes", *map(str, words(rank) if callable(words) else words)]
             if before is not None:

@@ -1,4 +1,4 @@
-"""How jobs of several ranks end: agreed stops, dead, hung, missing and disagreeing ranks. Nothing hangs; all is named."""
+"""How jobs of several ranks end: agreed stops, dead, hung and disagreeing ranks. Nothing hangs; all is named."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import trajectory, write_recipe
@@ -18,7 +19,7 @@ from jobs import Job, losses, many
 
 from llmrecipes.data import PackedShards
 
-# From a fault to the end of the last rank, with strategy timeout 8 s: stated, and measured generously on a busy machine.
+# From a fault to the end of the last rank, with a timeout of 8 s; generous, since the machine is shared.
 FOUND_WITHIN = 45.0
 
 
@@ -64,8 +65,10 @@ def test_one_signal_to_anybody_stops_all_at_one_step(tmp_path, job, to):
     assert running.wait() == [75, 75], running.errors()
     (step,) = saved_steps(tmp_path / "dense")
     assert losses(tmp_path / "dense")[-1]["step"] == step >= 5
-    rank = to[0] if to else 0
-    assert f"SIGUSR1 on rank {rank}: stopped after step {step}, saved" in running.text("out", 0)
+    named = to[0] if to else "[01]"  # of all, whoever saw it before the others
+    assert re.search(f"SIGUSR1 on rank {named}: stopped after step {step}, saved", running.text("out", 0))
+    assert "self-check: 2 ranks agree on" in running.text("out", 0)
+    assert "self-check: the first gradients are the same on all ranks" in running.text("out", 0)
     assert running.text("out", 1) == "" == running.text("err", 0) == running.text("err", 1)
 
 
@@ -226,12 +229,13 @@ class Fit:
 
     def child(self) -> int:
         """The id of the other rank."""
-        file = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        file = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         end = time.monotonic() + 60
         while time.monotonic() < end and self.process.poll() is None:
-            for pid in open(file).read().split():
-                if b"--config" in open(f"/proc/{pid}/cmdline", "rb").read():
-                    return int(pid)
+            for pid in file.read_text().split():
+                with contextlib.suppress(OSError):  # git, which is gone already
+                    if b"LLMRECIPES_LAUNCHER=" in Path(f"/proc/{pid}/environ").read_bytes():
+                        return int(pid)
             time.sleep(0.02)
         raise AssertionError(self.end())
 
@@ -252,7 +256,7 @@ class Fit:
 
 def alive(pid: int) -> bool:
     try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 

@@ -1,0 +1,50 @@
+"""SIGUSR1 at random instants, on a random rank: the same step everywhere, saved, exit code 75, as if nothing was."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+from broken_runs import STOPPED, assert_same, fit, last_step, launched
+from helpers import write_recipe
+from report import Case
+
+SIGNALS, STEPS = 20, 200
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigusr1_at_random_instants(tmp_path, little, ranks):
+    case = Case(6, "SIGUSR1 at a random instant on a random rank", ranks)
+    recipe = little(ranks, steps=STEPS)
+    recipe["checkpoint"]["every"] = "20 steps"
+    recipe["trainer"]["val_check_interval"] = 10
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        write_recipe(tmp_path / name, recipe)
+    run, chance, stops = tmp_path / "broken" / "run", random.Random(ranks), []
+    for number in range(SIGNALS):
+        with launched(tmp_path / "broken", ranks=ranks) as job:
+            before = last_step(run)
+            job.until_step(run, before + 1 if number % 4 else before)
+            if number % 4 == 3:
+                time.sleep(chance.uniform(0, 0.3))  # the others come at once
+            else:
+                time.sleep(chance.uniform(0, 0.02))
+            ready = tmp_path / "broken" / "run" / ".lock"
+            job.until(ready.exists)
+            os.kill(job.pids[chance.randrange(ranks)], signal.SIGUSR1)
+            text = job.expect(STOPPED)
+        (said,) = re.findall(r"stopped after step (\d+)", text)
+        assert last_step(run) == int(said) >= before
+        stops.append(int(said))
+        case.add(lost=last_step(run) - int(said))
+    assert stops[-1] < STEPS
+    assert len(set(stops)) > SIGNALS / 2
+    for name in ("broken", "whole"):
+        fit(tmp_path / name, ranks=ranks)
+    assert_same(run, tmp_path / "whole" / "run", ranks)
+    case.write()

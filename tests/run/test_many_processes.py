@@ -1,0 +1,135 @@
+"""``fit`` on many processes: saved on some, resumed on others, the losses go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+from helpers import cli, llmrecipes, trajectory, write_recipe
+from ranks import run_ranks
+
+STEPS = 12
+SHARDED = "llmrecipes.distributed.ShardedStrategy"
+
+
+@pytest.fixture(scope="module")
+def fp64_recipe(recipe):
+    """The MoE with its balance loss and dropout in fp64, where differences are mistakes and not rounding."""
+    config = recipe(moe=True, steps=STEPS, global_batch=8)
+    config["name"] = "run"
+    config["model"]["class_path"] = "fp64_module.Fp64Module"
+    config["model"]["init_args"]["schedule"]["init_args"]["decay"] = f"{STEPS} steps"
+    return config
+
+
+def fit(path, root, nodes, per_node, steps, mode=None, **options):
+    """``fit`` on every rank, as torchrun starts it; returns exit codes and what each said."""
+    words = ["fit", "--config", path, "--run_root", root, "--trainer.max_steps", steps]
+    if mode is not None:
+        words += [f"--trainer.devices={per_node}", f"--trainer.num_nodes={nodes}"]
+        words += [f"--trainer.strategy={SHARDED}", f"--trainer.strategy.init_args.mode={mode}"]
+        words += [f"--trainer.strategy.init_args.{key}={value}" for key, value in options.items()]
+    return run_ranks(nodes * per_node, _fit, words, nodes=nodes)
+
+
+def _fit(words):
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(out):
+        code = cli(*words)
+    return code, out.getvalue()
+
+
+def worst(records, expected):
+    """The largest difference of any figure; texts, such as the batch's digest, must be equal."""
+    assert [r.keys() for r in records] == [r.keys() for r in expected]
+    largest = 0.0
+
+    def gap(left, right):
+        nonlocal largest
+        if isinstance(left, list):
+            for a, b in zip(left, right, strict=True):
+                gap(a, b)
+        elif isinstance(left, str):
+            assert left == right
+        else:
+            largest = max(largest, abs(left - right))
+
+    for record, other in zip(records, expected, strict=True):
+        for name, value in record.items():
+            gap(value, other[name])
+    return largest
+
+
+WAYS = {
+    "1": (1, 1, None, {}),
+    "2 full_shard": (1, 2, "full_shard", {}),
+    "4 full_shard, experts divided": (1, 4, "full_shard", {"expert_parallel": 2}),
+    "4 as 2 x 2 hybrid": (2, 2, "hybrid_shard", {}),
+    "4 no_shard": (1, 4, "no_shard", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, fp64_recipe):
+    """The uninterrupted run of one process."""
+    folder = tmp_path_factory.mktemp("single")
+    ((code, said),) = fit(write_recipe(folder, fp64_recipe), folder, 1, 1, STEPS)
+    assert code == 0, said
+    return trajectory(folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", WAYS)
+def test_saved_on_some_resumed_on_others(tmp_path, fp64_recipe, single, before):
+    path = write_recipe(tmp_path, fp64_recipe)
+    nodes, per_node, mode, options = WAYS[before]
+    resumed = 0
+    for name, (nodes_after, per_node_after, mode_after, options_after) in WAYS.items():
+        root = tmp_path / name.replace(" ", "-")
+        for code, said in fit(path, root, nodes, per_node, 7, mode, **options):
+            assert code == 0, said
+        results = fit(path, root, nodes_after, per_node_after, STEPS, mode_after, **options_after)
+        assert [code for code, _ in results] == [0] * (nodes_after * per_node_after), results
+        assert "step=000007: 7 steps" in results[0][1]
+        records = [r for r in trajectory(root / "run") if not ("val_loss" in r and r["step"] == 7)]
+        assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
+        assert worst(records, single) < 1e-10, name
+        resumed += 1
+    assert resumed == len(WAYS) == 5
+
+
+def test_rank_0_speaks_for_all(tmp_path, fp64_recipe):
+    path = write_recipe(tmp_path, fp64_recipe)
+    (_, first), (_, second) = fit(path, tmp_path, 1, 2, STEPS, "full_shard")
+    assert "full_shard: 1 x 2 (copies x processes that share one)" in first
+    assert "step: 8 sequences x 32 = 256 tokens, 2 micro-batches of 2 per process" in first
+    assert second.strip() == ""
+    assert (tmp_path / "run" / "DONE").exists()
+    # Nothing to do: said once, and nobody waits for anybody.
+    results = fit(path, tmp_path, 1, 2, STEPS, "full_shard")
+    assert [code for code, _ in results] == [0, 0]
+    assert "nothing to do" in results[0][1] and results[1][1].strip() == ""
+
+
+def test_a_mistake_that_only_rank_0_sees_ends_all(tmp_path, fp64_recipe):
+    path = write_recipe(tmp_path, fp64_recipe)
+    words = ["fit", "--config", path, "--run_root", tmp_path, "--resume", "required", "--trainer.devices=2"]
+    words += [f"--trainer.strategy={SHARDED}"]
+    results = run_ranks(2, _fit, words)
+    assert [code for code, _ in results] == [2, 2], results
+    assert "nothing to resume from" in results[0][1]
+
+
+def test_the_launcher_starts_the_other_processes(tmp_path, recipe):
+    config = recipe(steps=4, global_batch=8)
+    config["trainer"] |= {"devices": 2, "strategy": {"class_path": SHARDED, "init_args": {"mode": "hybrid_shard"}}}
+    path = write_recipe(tmp_path, config)
+    refused = llmrecipes("fit", "--config", path, "--run_root", tmp_path, cwd=tmp_path, check=2)
+    assert "there is one node (1 node x 2 processes = 2)" in refused.stderr
+    config["trainer"]["strategy"]["init_args"] = {"mode": "zero3"}
+    path = write_recipe(tmp_path, config)
+    done = llmrecipes("fit", "--config", path, "--run_root", tmp_path, cwd=tmp_path)
+    assert "done: 4 steps" in done.stdout
+    assert done.stdout.count("step 4/4") == 1
+    assert len(trajectory(tmp_path / "dense")) == 5
