@@ -14,6 +14,8 @@ def lint(monkeypatch, config):
     from importlinter.cli import lint_imports
 
     monkeypatch.chdir(REPOSITORY)
+    # It sets up logging for the whole process, and would silence our logger in later tests.
+    monkeypatch.setattr("logging.config.dictConfig", lambda settings: None)
     return lint_imports(config_filename=str(config), no_cache=True)
 
 

@@ -24,6 +24,7 @@ from ranks import free_port, rank_environment
 
 from llmrecipes.callbacks import loss_curve
 from llmrecipes.checkpoint import newest_whole, read_checkpoint, read_info, read_rng
+from llmrecipes.process import SIGNALS
 from llmrecipes.run import environment
 from llmrecipes.run import fit as fit_module
 from llmrecipes.run.recipe_cli import RecipeCLI
@@ -83,10 +84,14 @@ class Job:
         self.started = time.monotonic()
         sys.stdout.flush()
         port = free_port()
-        self.pids = [
-            self._fork(rank, rank_environment(rank, ranks, port) if ranks > 1 else {}, words, inject)
-            for rank in range(ranks)
-        ]
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the launcher does: they must find handlers
+        try:
+            self.pids = [
+                self._fork(rank, rank_environment(rank, ranks, port) if ranks > 1 else {}, words, inject)
+                for rank in range(ranks)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._codes: dict[int, int] = {}
 
     def _fork(self, rank: int, variables: dict[str, str], words: tuple, inject: Inject) -> int:

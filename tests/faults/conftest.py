@@ -21,7 +21,7 @@ def little(recipe):
         config["trainer"]["val_check_interval"] = 3
         config["name"] = "run"
         if ranks > 1:
-            strategy = {"mode": "full_shard", "timeout": timeout, "start_timeout": 60}
+            strategy = {"mode": "full_shard", "timeout": timeout, "start_timeout": 20}
             config["trainer"] |= {
                 "devices": ranks,
                 "strategy": {"class_path": "llmrecipes.distributed.ShardedStrategy", "init_args": strategy},

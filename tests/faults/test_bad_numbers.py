@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from broken_runs import Inject, assert_same, differences, fit, last_step, steps_to_repeat
@@ -107,19 +106,21 @@ def test_nan_gradient_and_the_run_goes_on(train, ranks, bad_rank, action, passed
     # Step 14 has a record of its own where it was computed and left out.
     assert_as_clean(run, clean, ranks, since=BAD if action == "skip_step" else 0)
     assert last_step(run) == STEPS - (0 if action == "skip_step" else 2)
-    case.add(lost=passed_over[1] - passed_over[0] if action == "rollback" else 0)
+    case.add(left_out=passed_over[1] - passed_over[0] + 1)
     case.write()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("action", "bad", "passed_over"), [("skip_step", [14], [14, 14]), ("rollback", [14, 15], [13, 15])])
+@pytest.mark.parametrize(
+    ("action", "bad", "passed_over"), [("skip_step", [14], [14, 14]), ("rollback", [14, 15], [13, 15])]
+)
 def test_loss_spike(train, ranks, action, bad, passed_over):
     case = Case(8, f"loss spike: {action}", ranks)
     run, text = train("run", spike(*bad), ranks, action=action)
     clean, _ = train("clean", spike(*bad), ranks, skip_steps=[passed_over])
     assert "step 14: loss" in text
     assert_as_clean(run, clean, ranks, since=14 if action == "skip_step" else 0)
-    case.add(lost=passed_over[0] - 1 and (passed_over[1] - passed_over[0] if action == "rollback" else 0))
+    case.add(left_out=passed_over[1] - passed_over[0] + 1)
     case.write()
 
 

@@ -57,7 +57,10 @@ def stopped(tmp_path_factory, little) -> Path:
     write_recipe(folder, little())
     with launched(folder, inject=slow_after(10)) as job:
         job.until_step(folder / "run", 10)
-    assert sorted(path.name for path in (folder / "run" / "checkpoints").glob("step=*")) == ["step=000006", "step=000009"]
+    assert sorted(path.name for path in (folder / "run" / "checkpoints").glob("step=*")) == [
+        "step=000006",
+        "step=000009",
+    ]
     return folder
 
 
@@ -124,7 +127,9 @@ def test_a_damaged_checkpoint_of_two_processes(tmp_path, little, whole):
     newest = tmp_path / "run" / "checkpoints" / "step=000009"
     flip(newest / "optimizer" / "shard-00001.safetensors", 1000)
     text = fit(tmp_path, ranks=2)
-    assert text.count("step=000009 is broken and passed over: optimizer/shard-00001.safetensors has a wrong checksum") == 1
+    assert (
+        text.count("step=000009 is broken and passed over: optimizer/shard-00001.safetensors has a wrong checksum") == 1
+    )
     assert_same(tmp_path / "run", whole(2), ranks=2)
     case.add(lost=4)
     case.write()
@@ -145,7 +150,7 @@ def test_damaged_training_data(tmp_path, little, shards, whole, ranks):
     case = Case(3, "training data cut short or with a wrong bit: refused before step 1", ranks)
     recipe = little(ranks)
     own = {}
-    for name, prefix in shards.items():
+    for prefix in shards.values():
         for file in prefix.parent.glob(f"{prefix.name}.*"):
             shutil.copy(file, tmp_path)
         own[str(tmp_path / prefix.name)] = recipe["data"]["init_args"]["train"][str(prefix)]
@@ -160,12 +165,14 @@ def test_damaged_training_data(tmp_path, little, shards, whole, ranks):
         for what, damage in damages(path):
             if ranks > 1 and what != "bit in byte 0":
                 continue
+            if kind == "json" and what == f"cut to {len(good) - 1}":
+                continue  # the end of the last line: nothing is missing
             damage(path)
-            print(kind, what)
             text = Job(tmp_path, ranks=ranks).expect(2)
             assert "Traceback" not in text, text
-            lines = [line for line in text.splitlines() if str(tmp_path / "b") in line]
-            assert lines, f"{kind} {what}: {text}"
+            # Without a manifest it is another's shard, which is not the one the checkpoint was trained on.
+            name = '"name": "b"' if (kind, what) == ("json", "gone") else str(tmp_path / "b")
+            assert name in text, f"{kind} {what}: {text}"
             assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
             path.write_bytes(good)
             case.add()

@@ -6,7 +6,7 @@ import os
 import subprocess
 
 import pytest
-from broken_runs import assert_same, fit, last_step, steps_to_repeat
+from broken_runs import assert_same, fit, steps_to_repeat
 from helpers import write_recipe
 from report import Case
 

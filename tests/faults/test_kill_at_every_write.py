@@ -37,23 +37,24 @@ def move_to(copy: Path) -> None:
     os.chdir(copy)
 
 
-def die_everywhere(before_save=None):
-    """A fault for one process: at the boundary it forks, again and again, a copy of itself that dies one point later.
+def die_everywhere(before_save=None, stride: int = 1, thread: str | None = None, until: int = BOUNDARY):
+    """A fault for one process: at the boundary it forks, again and again, a copy of itself that dies some points later.
 
-    A copy that comes to the next step alive knows how many points there are.
+    A copy that comes alive to the step after ``until`` knows how many points there are.
     """
 
     def inject(rank: int) -> None:
-        points, explorer = WritePoints("run"), os.getpid()
+        points, explorer = WritePoints("run", thread), os.getpid()
         end, start, save = StepMarks.on_train_batch_end, StepMarks.on_train_batch_start, Checkpoints.save
 
         def at_end(self, trainer, *arguments):
             if trainer.global_step == BOUNDARY:
+                saver(trainer).finish()
                 for number in count(1):
                     pid = fork()
                     if pid == 0:
                         move_to(Path.cwd().parent / str(number))
-                        points.arm(number)
+                        points.arm(1 + stride * (number - 1))
                         break
                     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                     if code != -signal.SIGKILL:
@@ -61,7 +62,8 @@ def die_everywhere(before_save=None):
             end(self, trainer, *arguments)
 
         def at_start(self, trainer, *arguments):
-            if os.getpid() != explorer and trainer.global_step == BOUNDARY:
+            if os.getpid() != explorer and trainer.global_step == until:
+                saver(trainer).finish()
                 Path("points.json").write_text(json.dumps(points.names))
                 os._exit(0)
             start(self, trainer, *arguments)
@@ -73,15 +75,20 @@ def die_everywhere(before_save=None):
     return inject
 
 
-def explore(folder: Path, recipe: dict, before_save=None) -> tuple[list[Path], list[str]]:
+def saver(trainer) -> Checkpoints:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+
+
+def explore(folder: Path, recipe: dict, inject=None) -> tuple[list[Path], list[str]]:
     """Folders that kills left, one per point, and the points' names."""
     (folder / "0").mkdir()
     write_recipe(folder / "0", recipe)
-    fit(folder / "0", inject=die_everywhere(before_save))
+    fit(folder / "0", inject=inject or die_everywhere())
     *dead, alive = (folder / str(number) for number in range(1, sum(path.is_dir() for path in folder.iterdir())))
     return dead, json.loads((alive / "points.json").read_text())
 
 
+@pytest.mark.slow
 def test_one_process(tmp_path, little, whole):
     case = Case(1, "kill -9 at every write point of a checkpoint", 1)
     dead, names = explore(tmp_path, little())
@@ -103,15 +110,37 @@ def test_one_process(tmp_path, little, whole):
 def test_mutant_that_purges_first_is_found(tmp_path, little, whole):
     """Whoever makes room before the new checkpoint is there loses everything to the same kills."""
 
-    def purge_first(saver, trainer, module):
+    def purge_first(checkpoints, trainer, module):
         if trainer.global_step == BOUNDARY:
-            for path in saver.root(trainer).glob("step=*"):
+            for path in checkpoints.root(trainer).glob("step=*"):
                 shutil.rmtree(path)
 
-    dead, names = explore(tmp_path, little(), purge_first)
-    victim = dead[next(i for i, name in enumerate(names) if name.startswith("write shard"))]
+    dead, names = explore(tmp_path, little(), die_everywhere(purge_first, stride=8))
+    victim = dead[3]
+    assert names[24].startswith("write")
     assert newest_whole(victim / "run" / "checkpoints")[0] is None
     assert steps_to_repeat(victim / "run") == BOUNDARY
+
+
+def test_in_the_background(tmp_path, little):
+    """Training has gone on when the process dies in the middle of a save; the checkpoint before it is used."""
+    case = Case(10, "kill -9 while a checkpoint is written in the background", 1)
+    recipe = little()
+    recipe["checkpoint"]["async_save"] = True
+    recipe["trainer"]["val_check_interval"] = 12
+    dead, names = explore(tmp_path, recipe, die_everywhere(stride=5, thread="checkpoint", until=BOUNDARY + 2))
+    assert len(dead) == -(-len(names) // 5) > 12
+    (tmp_path / "whole").mkdir()
+    write_recipe(tmp_path / "whole", recipe)
+    fit(tmp_path / "whole")
+    resumed_from = set()
+    for folder in dead:
+        case.add(lost=steps_to_repeat(folder / "run"))
+        resumed_from.add(newest_whole(folder / "run" / "checkpoints")[0].name)
+        fit(folder)
+        assert_same(folder / "run", tmp_path / "whole" / "run")
+    assert resumed_from == {"step=000006", "step=000009"}
+    case.write()
 
 
 def die_in_first_save(victim: int, point: int):
@@ -120,7 +149,7 @@ def die_in_first_save(victim: int, point: int):
     def inject(rank: int) -> None:
         if rank != victim:
             return
-        points = WritePoints("run")
+        points = WritePoints("run", every_piece=False)
         end, start = StepMarks.on_train_batch_end, StepMarks.on_train_batch_start
 
         def at_end(self, trainer, *arguments):
@@ -139,10 +168,11 @@ def die_in_first_save(victim: int, point: int):
     return inject
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_two_processes(tmp_path, little, victim):
     """One long run, killed once at every point of ``victim``, each launch at the next; a checkpoint at every step."""
-    steps = 80
+    steps = 60
     recipe = little(ranks=2, steps=steps)
     recipe["checkpoint"]["every"] = "1 step"
     recipe["trainer"]["val_check_interval"] = 1 if victim == 0 else steps
@@ -161,7 +191,7 @@ def test_two_processes(tmp_path, little, victim):
     # How many there are depends on what the kill before left to be removed.
     names = json.loads((tmp_path / "broken" / f"points-{victim}.json").read_text())
     assert abs(case.injected - len(names)) < 10
-    assert case.injected > (60 if victim == 0 else 30)
+    assert case.injected > (45 if victim == 0 else 8)
     assert read_info(newest_whole(run / "checkpoints")[0])["step"] == steps
     fit(tmp_path / "whole", ranks=2)
     assert_same(run, tmp_path / "whole" / "run", ranks=2)

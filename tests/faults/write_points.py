@@ -27,10 +27,11 @@ class WritePoints:
     Args:
         folder: whose changes count, absolute or relative to the working directory of the moment.
         thread: name of the only thread that counts; None = all.
+        every_piece: each tensor of a file counts, not only the first bytes.
     """
 
-    def __init__(self, folder: str, thread: str | None = None) -> None:
-        self.folder, self.thread = folder, thread
+    def __init__(self, folder: str, thread: str | None = None, every_piece: bool = True) -> None:
+        self.folder, self.thread, self.every_piece = folder, thread, every_piece
         self.names: list[str] = []
         self.armed = False
         self._die_at = 0
@@ -84,7 +85,8 @@ class WritePoints:
             file.write(data[: len(data) // 2])
             file.flush()
 
-        self._point(f"write {os.path.basename(file.name)}", half)
+        if self.every_piece or not file.tell():
+            self._point(f"write {os.path.basename(file.name)}", half)
         self._put(file, piece)
 
     def _append_line(self, file: MetricsFile, record: dict) -> None:

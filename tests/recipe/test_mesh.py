@@ -53,7 +53,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("job", "options", "words"), REFUSED)
 def test_what_does_not_fit_is_refused_with_the_numbers(job, options, words):
-    with pytest.raises(ValueError, match="mesh|hybrid|expert_parallel") as error:
+    with pytest.raises(ValueError, match=r"mesh|hybrid|expert_parallel") as error:
         mesh_sizes(*job, **options)
     assert words in str(error.value)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import os
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 from helpers import cli, llmrecipes, trajectory, write_recipe
@@ -30,14 +32,30 @@ def fit(path, root, nodes, per_node, steps, mode=None, **options):
         words += [f"--trainer.devices={per_node}", f"--trainer.num_nodes={nodes}"]
         words += [f"--trainer.strategy={SHARDED}", f"--trainer.strategy.init_args.mode={mode}"]
         words += [f"--trainer.strategy.init_args.{key}={value}" for key, value in options.items()]
-    return run_ranks(nodes * per_node, _fit, words, nodes=nodes)
+    return on_ranks(nodes * per_node, words, nodes)
 
 
-def _fit(words):
-    out = io.StringIO()
-    with redirect_stdout(out), redirect_stderr(out):
-        code = cli(*words)
-    return code, out.getvalue()
+def on_ranks(ranks, words, nodes=1):
+    """The command on every rank; returns exit codes and what each said."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        codes = run_ranks(ranks, _fit, words, folder, nodes=nodes)
+    except AssertionError as error:  # a process that ends at once returns nothing, but has spoken
+        said = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.iterdir()))
+        raise AssertionError(f"{error}\n{said}") from None
+    return [(code, (folder / f"rank-{rank}").read_text()) for rank, code in enumerate(codes)]
+
+
+def _fit(words, folder):
+    with (
+        (folder / f"rank-{os.environ['RANK']}").open("w", buffering=1) as out,
+        redirect_stdout(out),
+        redirect_stderr(out),
+    ):
+        try:
+            return cli(*words)
+        except SystemExit as end:  # rank 0 has said it
+            return end.code
 
 
 def worst(records, expected):
@@ -115,8 +133,8 @@ def test_rank_0_speaks_for_all(tmp_path, fp64_recipe):
 def test_a_mistake_that_only_rank_0_sees_ends_all(tmp_path, fp64_recipe):
     path = write_recipe(tmp_path, fp64_recipe)
     words = ["fit", "--config", path, "--run_root", tmp_path, "--resume", "required", "--trainer.devices=2"]
-    words += [f"--trainer.strategy={SHARDED}"]
-    results = run_ranks(2, _fit, words)
+    words += [f"--trainer.strategy={SHARDED}", "--trainer.strategy.init_args.mode=full_shard"]
+    results = on_ranks(2, words)
     assert [code for code, _ in results] == [2, 2], results
     assert "nothing to resume from" in results[0][1]
 
