@@ -49,8 +49,9 @@ check: $(VENV)/.done  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two processes: one file's tests stay together, because they share runs that are expensive to make.
 test: $(VENV)/.done  ## all tests
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:  ## remove the environment, the demo's data and its runs
 	rm -rf $(VENV) data/demo runs/moe_pretrain_cpu

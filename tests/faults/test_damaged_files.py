@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from broken_runs import Job, assert_same, fit, launched
+from broken_runs import Job, assert_same, fit, launched, steps_to_repeat
 from helpers import write_recipe
 from report import Case
 
@@ -90,16 +90,14 @@ def test_a_damaged_checkpoint(tmp_path, stopped, whole):
             damage(folder / newest / kind)
             reason = verify(folder / newest)
             assert reason is not None, f"{kind} {what}"
-            if what.startswith("bit") and not what.endswith(" 0"):
-                case.add(lost=4)
-                continue  # the same path as the first bit
+            case.add(lost=steps_to_repeat(folder / "run"))
             text = fit(folder)
             (said,) = [line for line in text.splitlines() if "broken" in line]
             assert said == f"warning: run/checkpoints/step=000009 is broken and passed over: {reason}", text
             assert "resuming from run/checkpoints/step=000006" in text
             assert_same(folder / "run", whole())
-            case.add(lost=4)  # steps 7 to 10
     assert case.injected == 6 * 11
+    assert case.lost == 4 * case.injected  # steps 7 to 10
     case.write()
 
 
@@ -131,7 +129,6 @@ def test_a_damaged_checkpoint_of_two_processes(tmp_path, little, whole):
         text.count("step=000009 is broken and passed over: optimizer/shard-00001.safetensors has a wrong checksum") == 1
     )
     assert_same(tmp_path / "run", whole(2), ranks=2)
-    case.add(lost=4)
     case.write()
 
 
