@@ -73,11 +73,13 @@ def quarantine(root: Path, step: int) -> list[Path]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what killed writers left: hidden ``.tmp-`` and ``.old-`` folders. Only the owner of the run calls this."""
+    """Delete what killed writers left: hidden folders and links. Only the owner of the run calls this."""
     if root.is_dir():
         for path in root.iterdir():
             if path.name.startswith((".tmp-", ".old-")):
                 shutil.rmtree(path, ignore_errors=True)
+            elif path.name.startswith(".latest-"):
+                path.unlink(missing_ok=True)
 
 
 def point_latest(root: Path, target: Path) -> None:

@@ -51,6 +51,10 @@ class ReadMark(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._mark(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._mark(trainer)
+
     def _mark(self, trainer: L.Trainer) -> None:
         if (watchdog := watchdog_of(trainer)) is not None:
             watchdog.mark(trainer.global_step + 1, Phase.READ)

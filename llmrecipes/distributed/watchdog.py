@@ -276,7 +276,7 @@ class Watchdog:
         self._beat.state = "left"
         self.tick()
         self._wake.set()
-        self._done.wait(None if self.me.rank == 0 else SILENCE_AFTER_BREAK)
+        self._done.wait(None if self.me.rank == 0 else self.silence)
         self._stop()
 
     def _stop(self) -> None:
@@ -295,21 +295,24 @@ class Watchdog:
             store = self._rendezvous.client()
             judge = Judge(self.reports, self.timeout, self.silence, time.monotonic())
             while not self._done.is_set():
-                self._publish(store)
+                told = self._publish(store)
                 if self.me.rank == 0:
                     self._preside(store, judge)
                 else:
-                    self._listen(store)
+                    self._listen(store, told)
                 self._wake.wait(INTERVAL)
                 self._wake.clear()
         except DistError:
             self._store_is_gone()
 
-    def _publish(self, store: TCPStore) -> None:
+    def _publish(self, store: TCPStore) -> str:
+        """Say how this rank is; returns the state that was told, which the main thread may change meanwhile."""
         beat = self._beat
         beat.count += 1
         beat.line, beat.waits = position_of(self._main)
-        store.set(self._key(f"beat/{self.me.rank}"), json.dumps(asdict(beat)))
+        told = asdict(beat)
+        store.set(self._key(f"beat/{self.me.rank}"), json.dumps(told))
+        return told["state"]
 
     def _preside(self, store: TCPStore, judge: Judge) -> None:
         """Rank 0: look at everybody."""
@@ -334,9 +337,9 @@ class Watchdog:
         key = self._key(name)
         return Verdict(**json.loads(store.get(key))) if store.check([key]) else None
 
-    def _listen(self, store: TCPStore) -> None:
-        """Another rank: obey the verdict, see that rank 0 beats."""
-        if self._beat.state == "left":
+    def _listen(self, store: TCPStore, told: str) -> None:
+        """Another rank: obey the verdict, see that rank 0 beats; done once the others were told that it left."""
+        if told == "left":
             self._done.set()
             return
         key = self._key("beat/0")
@@ -361,8 +364,11 @@ class Watchdog:
             if now - before > 5 * INTERVAL:
                 self._heard += now - before  # this process itself was stopped
             before = now
-            limit = min(self.silence, SILENCE_AFTER_BREAK) if self._beat.state == "cut off" else self.silence
+            limit = self.silence if self._beat.state == "running" else min(self.silence, SILENCE_AFTER_BREAK)
             if now - self._heard > limit:
+                if self._beat.state == "left":  # both are done, and rank 0 was quicker
+                    self._done.set()
+                    return
                 seconds = f"{now - self._heard:.0f} s"
                 self._say(f"{self.reports[0]} has not been heard of for {seconds}: it is dead or stopped")
                 self._leave_with(1)

@@ -124,6 +124,7 @@ def test_a_damaged_checkpoint_of_two_processes(tmp_path, little, whole):
         job.until_step(tmp_path / "run", 10)
     newest = tmp_path / "run" / "checkpoints" / "step=000009"
     flip(newest / "optimizer" / "shard-00001.safetensors", 1000)
+    case.add(lost=steps_to_repeat(tmp_path / "run"))
     text = fit(tmp_path, ranks=2)
     assert (
         text.count("step=000009 is broken and passed over: optimizer/shard-00001.safetensors has a wrong checksum") == 1
