@@ -7,9 +7,9 @@ import itertools
 import pytest
 from fp64_module import Fp64Module
 from ranks import run_ranks
+from trainings import Setting, train, train_on, worst
 
 from llmrecipes.modules import base
-from runs import Setting, train, train_on, worst
 
 TOLERANCE = 1e-10
 KINDS = ("dense", "moe-loss", "moe-bias")
