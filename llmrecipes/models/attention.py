@@ -59,7 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, 
         [B, T, heads, width].
     """
     if context.lengths is None:
-        return _attend_rows(query, key, value, context.bias, dropout)
+        return _attend_rows(query, key, value, context.bias, dropout, context.visible)
     return _attend_documents(query, key, value, context, dropout)
 
 
@@ -75,12 +75,17 @@ def _attend_documents(query: Tensor, key: Tensor, value: Tensor, context: Sequen
     return torch.cat(mixed, dim=1).view(query.shape)
 
 
-def _attend_rows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+def _attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float, visible: Tensor | None = None
+) -> Tensor:
     """Attention over rows that are one document each; the last query sits on the last key."""
     queries, keys = query.shape[1], key.shape[1]
     mask = None
     if bias is not None:
         mask = bias[:, :queries, :keys].to(query.dtype)
+        mask = mask if visible is None else mask.masked_fill(~visible, -torch.inf)
+    elif visible is not None:
+        mask = visible
     elif 1 < queries < keys:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     mixed = F.scaled_dot_product_attention(

@@ -90,7 +90,9 @@ class Decoder(nn.Module):
         if self.position_embed is not None:
             longest = self.position_embed.num_embeddings
             last = max(context.lengths) if context.lengths else context.positions.shape[1]
-            last += context.cache.length if context.cache is not None else 0
+            if context.cache is not None:
+                last += context.cache.length
+                last -= 0 if context.cache.padding is None else int(context.cache.padding.min())
             assert last <= longest, f"a document of {last} tokens, but positions are learned for {longest} only"
             x = x + self.position_embed(context.positions)
         if self.embed_norm is not None:
