@@ -63,7 +63,11 @@ class PretrainModule(StepModule):
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         output = self._forward(batch)
         loss, _ = linear_cross_entropy(
-            output.hidden.flatten(0, 1), self.model.head_weight, batch.labels.flatten(), self.loss_chunk
+            output.hidden.flatten(0, 1),
+            self.model.head_weight,
+            batch.labels.flatten(),
+            self.loss_chunk,
+            self.config.vocab_size,
         )
         terms = {"loss": LossTerm(loss, "targets")}
         if output.routing and self.training:
