@@ -33,11 +33,14 @@ class Continuation:
 class _Batch:
     """The texts still being written, and what the decoder remembers of them."""
 
-    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], room: int, use_cache: bool, device: torch.device):
+    def __init__(
+        self, model: Decoder, prompts: dict[int, list[int]], room: int, use_cache: bool, device: torch.device
+    ) -> None:
         self.model, self.device = model, device
-        self.texts = [list(prompt) for prompt in prompts]
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompt) for prompt in prompts]
+        self.numbers = list(prompts)
+        self.texts = list(prompts.values())
+        longest = max(map(len, self.texts))
+        padding = [longest - len(text) for text in self.texts]
         self.step = torch.tensor([[0] * n + text for n, text in zip(padding, self.texts, strict=True)], device=device)
         self.mask: Tensor | None = None
         self.cache: KVCache | None = None
@@ -46,17 +49,24 @@ class _Batch:
             if ragged is not None:
                 self.mask = torch.arange(longest, device=device) >= ragged[:, None]
             dtype = _compute_dtype(model, device)
-            self.cache = KVCache(model.config, len(prompts), longest + room, dtype, device, ragged)
+            self.cache = KVCache(model.config, len(self.texts), longest + room, dtype, device, ragged)
 
     def logits(self) -> Tensor:
         """Scores of every text's next token, [texts, vocab]."""
         if self.cache is not None:
             hidden = self.model(self.step, cache=self.cache, token_mask=self.mask).hidden[:, -1]
-            self.mask = None
+            self.mask = None  # later columns are real in every row
         else:
             rows = [torch.tensor([text], device=self.device) for text in self.texts]
             hidden = torch.cat([self.model(row).hidden[:, -1] for row in rows])
         return self.model.logits(hidden)
+
+    def seen(self, vocab: int, device: torch.device) -> Tensor:
+        """True for the tokens that each text holds, [texts, vocab]."""
+        seen = torch.zeros(len(self.texts), vocab, dtype=torch.bool)
+        for row, text in enumerate(self.texts):
+            seen[row, torch.tensor(text)] = True
+        return seen.to(device)
 
     def append(self, tokens: list[int]) -> None:
         """Each text's next token, in order."""
@@ -64,12 +74,16 @@ class _Batch:
             text.append(token)
         self.step = torch.tensor(tokens, device=self.device)[:, None]
 
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these texts only."""
+    def drop(self, finished: set[int]) -> None:
+        """Go on without the texts of these numbers."""
+        if not finished:
+            return
+        rows = [row for row, number in enumerate(self.numbers) if number not in finished]
+        self.numbers = [self.numbers[row] for row in rows]
         self.texts = [self.texts[row] for row in rows]
-        index = torch.tensor(rows, device=self.device)
-        self.step = self.step.index_select(0, index)
-        if self.cache is not None:
+        if rows and self.cache is not None:
+            index = torch.tensor(rows, device=self.device)
+            self.step = self.step.index_select(0, index)
             self.cache.keep(index)
 
 
@@ -79,12 +93,17 @@ def _compute_dtype(model: Decoder, device: torch.device) -> torch.dtype:
     return model.embed.weight.dtype
 
 
-def _seen(texts: list[list[int]], vocab: int) -> Tensor:
-    """True for the tokens that each text holds, [texts, vocab]."""
-    seen = torch.zeros(len(texts), vocab, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        seen[row, torch.tensor(text)] = True
-    return seen
+def _next_tokens(
+    batch: _Batch, sampling: Sampling, generators: Sequence[torch.Generator] | None, vocab_size: int | None
+) -> list[int]:
+    """One token for each text of the batch."""
+    logits = batch.logits()[:, :vocab_size]
+    if generators:
+        logits = logits.to(generators[0].device)
+    seen = batch.seen(logits.shape[-1], logits.device) if sampling.repetition_penalty != 1.0 else None
+    scores = process(logits, sampling, seen)
+    sources = [generators[number] if generators else None for number in batch.numbers]
+    return [draw(row, sampling.temperature, source) for row, source in zip(scores, sources, strict=True)]
 
 
 @torch.inference_mode()
@@ -107,6 +126,9 @@ def generate_batch(
     from each text's own beginning, and each has a generator of its own. Finished texts leave the batch.
 
     Args:
+        model: the decoder; put into evaluation mode for the call and left as it was found.
+        prompts: ids of each prompt.
+        max_new_tokens: most new ids per prompt.
         sampling: how a token is chosen.
         generators: sources of randomness, one per prompt; None = torch's own.
         eos_ids: tokens that end a text.
@@ -114,55 +136,47 @@ def generate_batch(
         listener: called with the prompt's number and its new token; True ends that text.
         use_cache: keep keys and values of earlier tokens; without it every step reads the whole text again.
         device: that computes; None = where the embedding is (offloaded weights are elsewhere).
-
-    The model is put into evaluation mode for the call and left as it was found.
     """
     assert all(len(prompt) for prompt in prompts), "generation starts from at least one token"
-    results = [Continuation() for _ in prompts]
-    if not prompts or max_new_tokens < 1:
-        return results
     limit = model.config.max_seq_len if model.config.positions == "learned" else None
+    results = [Continuation() for _ in prompts]
+    todo = {}
+    for number, prompt in enumerate(prompts):
+        if limit is not None and len(prompt) >= limit:
+            results[number].finish = "positions"
+        elif max_new_tokens > 0:
+            todo[number] = list(prompt)
+    if not todo:
+        return results
     was_training = model.training
     model.eval()
     try:
-        rows = [i for i, prompt in enumerate(prompts) if limit is None or len(prompt) < limit]
-        for full in set(range(len(prompts))) - set(rows):
-            results[full].finish = "positions"
-        if not rows:
-            return results
-        batch = _Batch(
-            model, [prompts[i] for i in rows], max_new_tokens, use_cache, device or model.embed.weight.device
-        )
+        batch = _Batch(model, todo, max_new_tokens, use_cache, device or model.embed.weight.device)
         for _ in range(max_new_tokens):
-            logits = batch.logits()[:, :vocab_size]
-            logits = logits.to(generators[0].device) if generators else logits
-            seen = _seen(batch.texts, logits.shape[-1]).to(logits.device) if sampling.repetition_penalty != 1 else None
-            scores = process(logits, sampling, seen)
-            tokens = [
-                draw(score, sampling.temperature, generators[i] if generators else None)
-                for score, i in zip(scores, rows, strict=True)
-            ]
+            tokens = _next_tokens(batch, sampling, generators, vocab_size)
             batch.append(tokens)
-            kept = []
-            for place, (i, token) in enumerate(zip(rows, tokens, strict=True)):
-                results[i].ids.append(token)
-                told_to_stop = listener is not None and listener(i, token)
-                if token in eos_ids:
-                    results[i].finish = "eos"
-                elif told_to_stop:
-                    results[i].finish = "stop"
-                elif limit is not None and len(batch.texts[place]) >= limit:
-                    results[i].finish = "positions"
-                else:
-                    kept.append(place)
-            if not kept:
+            finished = set()
+            for number, token, text in zip(batch.numbers, tokens, batch.texts, strict=True):
+                results[number].ids.append(token)
+                told_to_stop = listener is not None and listener(number, token)
+                if finish := _finish(token in eos_ids, told_to_stop, len(text) == limit):
+                    results[number].finish = finish
+                    finished.add(number)
+            batch.drop(finished)
+            if not batch.numbers:
                 break
-            if len(kept) < len(rows):
-                batch.keep(kept)
-                rows = [rows[place] for place in kept]
     finally:
         model.train(was_training)
     return results
+
+
+def _finish(eos: bool, told_to_stop: bool, full: bool) -> Finish | None:
+    """Why a text ends with its newest token, if it does."""
+    if eos:
+        return "eos"
+    if told_to_stop:
+        return "stop"
+    return "positions" if full else None
 
 
 def generate(
