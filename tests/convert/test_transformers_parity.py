@@ -188,8 +188,8 @@ def test_what_is_not_supported_is_refused_by_name():
     with pytest.raises(UserError) as caught:
         config_from_hf(hf)
     assert len(caught.value.problems) == 2
-    with pytest.raises(UserError, match="model_type 'gpt2'"):
-        config_from_hf({"model_type": "gpt2"})
+    with pytest.raises(UserError, match="model_type 't5'"):
+        config_from_hf({"model_type": "t5"})
     config = config_from_hf(random_hf_config("mixtral", 0).to_dict())
     state = Decoder(config).state_dict()
     state["layers.0.mlp.gate.bias"][0] = 1.0
