@@ -24,6 +24,8 @@ class Stage(NamedTuple):
 
 
 STAGES = {
+    "from-hf": Stage("llmrecipes.convert.from_hf", "from_hf", "a Hugging Face folder as one that fit starts from"),
+    "to-hf": Stage("llmrecipes.convert.to_hf", "to_hf", "a run, checkpoint or folder of ours as a Hugging Face folder"),
     "consolidate": Stage(
         "llmrecipes.convert.consolidate", "consolidate", "one safetensors folder of a checkpoint that many ranks wrote"
     ),
