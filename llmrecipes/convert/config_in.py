@@ -19,6 +19,16 @@ _NEUTRAL = {
     "pretraining_tp", "problem_type", "return_dict", "router_aux_loss_coef", "sep_token_id", "task_specific_params",
     "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
 }  # fmt: skip
+# Of Qwen-1: what begins beyond its longest text, and how fast or in which type it is computed.
+_QWEN1_ELSEWHERE = {
+    "use_dynamic_ntk", "use_logn_attn", "max_position_embeddings", "use_flash_attn", "fp16", "bf16", "fp32",
+    "softmax_in_fp32", "onnx_safe", "tokenizer_type", "use_cache_quantization", "use_cache_kernel",
+}  # fmt: skip
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 _SILU = ("silu", "swish")
 _GELU: dict[str, Activation] = {
     "gelu": "gelu",
@@ -76,7 +86,9 @@ class Reader:
 
     def finish(self) -> None:
         """Refuse what was found wrong, and every key that nobody asked for and that says something."""
-        left = [key for key in self.hf if key not in self.asked and _says_something(self.hf[key])]
+        # A leading underscore marks what transformers keeps for itself, such as the name a file once had.
+        unasked = [key for key in self.hf if key not in self.asked and not key.startswith("_")]
+        left = [key for key in unasked if _says_something(self.hf[key])]
         self.problems += [f"{key} {self.hf[key]!r}: not understood; what it does would be lost" for key in left]
         if self.problems:
             raise UserError(*(f"config.json: {problem}" for problem in self.problems))
@@ -117,7 +129,9 @@ def _llama_like(r: Reader, family: str) -> dict[str, Any]:
     head_dim = r.get("head_dim", 128 if family == "qwen3" else None)
     layers = r.size("num_hidden_layers")
     window, window_layers = _window(r, family, layers)
-    qkv_bias = out_bias = bool(r.get("attention_bias", False)) if family not in ("qwen2", "mistral", "mixtral") else False
+    qkv_bias = out_bias = (
+        bool(r.get("attention_bias", False)) if family not in ("qwen2", "mistral", "mixtral") else False
+    )
     if family == "qwen2":
         qkv_bias = True
     bias = bool(r.get("mlp_bias", False)) if family == "llama" else False
@@ -167,16 +181,7 @@ def _rope(r: Reader, family: str) -> tuple[float, RopeScaling | None]:
     for partial in (rope.pop("partial_rotary_factor", None), r.get("partial_rotary_factor")):
         if partial is not None and float(partial) != 1.0:
             r.problems.append(f"partial_rotary_factor {partial}: only full rotary positions (1.0) are supported")
-    names = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_max_seq_len",
-        },
-    }.get(kind)
+    names = _ROPE_KEYS.get(kind)
     if names is None:
         r.problems.append(f"rope_type {kind!r}: only 'default', 'linear' and 'llama3' are supported")
         return theta, None
@@ -188,8 +193,15 @@ def _rope(r: Reader, family: str) -> tuple[float, RopeScaling | None]:
     r.problems += [f"rope_scaling.{name} {rope[name]!r}: not understood" for name in extra]
     if kind == "default" or r.problems:
         return theta, None
-    values = {ours: rope[theirs] for theirs, ours in names.items()}
-    return theta, RopeScaling(kind=kind, **{k: int(v) if k == "original_max_seq_len" else float(v) for k, v in values.items()})
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=float(rope["factor"]))
+    return theta, RopeScaling(
+        kind="llama3",
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_seq_len=int(rope["original_max_position_embeddings"]),
+    )
 
 
 def _window(r: Reader, family: str, layers: int) -> tuple[int | None, list[int] | None]:
@@ -287,9 +299,7 @@ def _classic(dim: int, layers: int, heads: int) -> dict[str, Any]:
 
 def _qwen1(r: Reader) -> dict[str, Any]:
     """Qwen-1: its dynamic NTK and log-n scaling begin beyond ``seq_length`` only, which becomes the longest text."""
-    for key in ("use_dynamic_ntk", "use_logn_attn", "max_position_embeddings", "use_flash_attn", "fp16", "bf16", "fp32",
-                "softmax_in_fp32", "onnx_safe", "tokenizer_type", "use_cache_quantization", "use_cache_kernel"):  # fmt: skip
-        r.asked.add(key)
+    r.asked |= _QWEN1_ELSEWHERE
     r.only("no_bias", True, why="biases beside those of queries, keys and values are not supported")
     r.only("rotary_pct", 1, why="only full rotary positions (1.0) are supported")
     r.only("scale_attn_weights", True, why="attention is always scaled here")

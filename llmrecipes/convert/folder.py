@@ -14,7 +14,7 @@ from torch import Tensor
 from llmrecipes.checkpoint import read_info
 from llmrecipes.convert.config_in import config_from_hf
 from llmrecipes.convert.consolidate import find_checkpoint
-from llmrecipes.convert.names import has_no_twin, our_shapes
+from llmrecipes.convert.names import Part, has_no_twin, our_shapes
 from llmrecipes.convert.weight_files import WeightFiles
 from llmrecipes.convert.weights import find_parts, join
 from llmrecipes.errors import UserError
@@ -88,9 +88,7 @@ class LoadedModel(NamedTuple):
     vocab_rows: int | None
 
 
-def read_model(
-    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> LoadedModel:
+def read_model(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadedModel:
     """Load a model from wherever it lies.
 
     Args:
@@ -116,7 +114,7 @@ def open_source(path: Path) -> Source:
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
-    if (path / MODEL_FILE).exists() or (path / "recipe.yaml").exists() and any(path.glob("*.safetensors")):
+    if (path / MODEL_FILE).exists() or ((path / "recipe.yaml").exists() and any(path.glob("*.safetensors"))):
         return _ours(path)
     if (path / "config.json").exists():
         return _hugging_face(path)
@@ -184,35 +182,57 @@ def load_decoder(source: Source, dtype: torch.dtype | None = None) -> Decoder:
     """
     with torch.device("meta"):
         model = Decoder(source.config)
+    tensors = OurTensors(source)
     state = {}
-    for name, tensor in _tensors(source).items():
+    for name in tensors.shapes:
         # The router's balancing bias has a type of its own.
+        tensor = tensors.read(name)
         state[name] = tensor if dtype is None or has_no_twin(name) else tensor.to(dtype)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _tensors(source: Source) -> dict[str, Tensor]:
-    if not source.hugging_face:
-        check_names(source)
-        return {name: source.files.read(name) for name in source.files}
-    found = find_parts(source.config, source.files.tensors, source.hf_names)
-    state = {}
-    for name, shape in our_shapes(source.config).items():
-        if has_no_twin(name):
-            state[name] = torch.zeros(shape, dtype=torch.float32)
+class OurTensors:
+    """The tensors of a decoder, put together one by one from wherever they lie.
+
+    Attributes:
+        shapes: of every tensor, by name.
+
+    Raises:
+        UserError: tensors are missing, left over or of another shape; all are named.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.shapes = our_shapes(source.config)
+        self.found: dict[str, list[tuple[Part, str]]] = {}
+        if source.hugging_face:
+            self.found = find_parts(source.config, source.files.tensors, source.hf_names)
         else:
-            state[name] = read_joined(source, shape, found[name])
-    return state
+            check_names(source)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Its type on disk."""
+        if has_no_twin(name):
+            return torch.float32
+        stored = [theirs for _, theirs in self.found[name]] if self.found else [name]
+        kinds = {self.source.files.tensors[one].dtype for one in stored}
+        if len(kinds) > 1:
+            raise UserError(f"{self.source.folder}: parts of {name} have different types: {sorted(map(str, kinds))}")
+        return kinds.pop()
 
-def read_joined(source: Source, shape: torch.Size, pieces: list[Any]) -> Tensor:
-    """One tensor of ours from a Hugging Face folder; not copied where it is the same in both."""
-    if len(pieces) == 1 and pieces[0][0].layout == "same" and pieces[0][0].expert is None:
-        tensor = source.files.read(pieces[0][1])
-        if tensor.shape == shape:
-            return tensor
-    return join(shape, [(part, source.files.read(name)) for part, name in pieces])
+    def read(self, name: str) -> Tensor:
+        """The whole tensor; not copied where it lies in one piece."""
+        files = self.source.files
+        if not self.found:
+            return files.read(name)
+        if has_no_twin(name):
+            return torch.zeros(self.shapes[name])
+        pieces = self.found[name]
+        part, theirs = pieces[0]
+        if len(pieces) == 1 and part.layout == "same" and files.shapes[theirs] == self.shapes[name]:
+            return files.read(theirs)
+        return join(self.shapes[name], [(part, files.read(theirs)) for part, theirs in pieces])
 
 
 def check_names(source: Source) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 import yaml
 
 from llmrecipes.checkpoint.durable import write_file
-from llmrecipes.convert.folder import MODEL_FILE, Source, open_source, read_joined
-from llmrecipes.convert.names import has_no_twin, our_shapes
+from llmrecipes.convert.folder import MODEL_FILE, OurTensors, Source, open_source
 from llmrecipes.convert.tokenizer_files import check_tokenizer, copy_tokenizer, generation_config
 from llmrecipes.convert.verify import verify_logits
-from llmrecipes.convert.weights import find_parts
 from llmrecipes.convert.writing import Planned, new_folder, write_json, write_tensors
 from llmrecipes.data.tokenizer import Tokenizer
 from llmrecipes.errors import UserError
@@ -66,20 +64,8 @@ def plan(source: Source) -> list[Planned]:
     Raises:
         UserError: the files do not fit config.json.
     """
-    found = find_parts(source.config, source.files.tensors, source.hf_names)
-    planned = []
-    for name, shape in our_shapes(source.config).items():
-        if has_no_twin(name):
-            planned.append(Planned(name, torch.float32, shape, lambda shape=shape: torch.zeros(shape)))
-            continue
-        pieces = found[name]
-        kinds = {source.files.tensors[theirs].dtype for _, theirs in pieces}
-        if len(kinds) > 1:
-            raise UserError(f"{source.folder}: parts of {name} have different types: {sorted(map(str, kinds))}")
-        planned.append(
-            Planned(name, kinds.pop(), shape, lambda shape=shape, pieces=pieces: read_joined(source, shape, pieces))
-        )
-    return planned
+    ours = OurTensors(source)
+    return [Planned(name, ours.dtype(name), shape, partial(ours.read, name)) for name, shape in ours.shapes.items()]
 
 
 def write_model_folder(folder: Path, target: Path, source: Source, tokenizer: Tokenizer | None) -> None:

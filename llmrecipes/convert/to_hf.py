@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llmrecipes.convert.config_out import config_to_hf
 from llmrecipes.convert.families import hf_family
-from llmrecipes.convert.folder import Source, check_names, open_source, read_joined
-from llmrecipes.convert.names import Part, has_no_twin, our_shapes, parts
+from llmrecipes.convert.folder import OurTensors, Source, open_source
+from llmrecipes.convert.names import Part, has_no_twin, parts
 from llmrecipes.convert.tokenizer_files import check_tokenizer, copy_tokenizer, generation_config, special_ids
 from llmrecipes.convert.verify import verify_logits
-from llmrecipes.convert.weights import find_parts, refuse_balancing_bias
+from llmrecipes.convert.weights import refuse_balancing_bias
 from llmrecipes.convert.writing import Planned, new_folder, write_json, write_tensors
 from llmrecipes.errors import UserError
 
@@ -43,6 +44,8 @@ def to_hf(
         raise UserError(f"--max_shard_gb {max_shard_gb}: must be larger than 0")
     if Path(dst).exists():
         raise UserError(f"{dst} exists already; name a new folder, or remove it")
+    if (Path(src) / "config.json").exists():
+        raise UserError(f"{src} is a Hugging Face folder already; from-hf reads it, to-hf writes one of ours")
     source, wanted = open_source(Path(src)), DTYPES[dtype] if dtype else None
     if tokenizer is not None:
         source.tokenizer = Path(tokenizer)
@@ -69,44 +72,25 @@ def plan(source: Source, dtype: torch.dtype | None) -> list[Planned]:
     Raises:
         UserError: the model has no twin, or its files do not fit it.
     """
-    hf_family(source.config)
-    read = _Reader(source)
-    shapes = our_shapes(source.config)
+    family, ours = hf_family(source.config), OurTensors(source)
+    if not source.hugging_face:
+        refuse_balancing_bias(family, {name: ours.read(name) for name in ours.shapes if has_no_twin(name)})
     planned = []
     for part in parts(source.config):
-        kind = dtype or read.dtype(part.ours)
-        shape = part.to_theirs(part.rows_of(torch.empty(shapes[part.ours], device="meta"))).shape
-        planned.append(Planned(part.theirs, kind, shape, lambda part=part, kind=kind: read.part(part).to(kind)))
+        kind = dtype or ours.dtype(part.ours)
+        shape = part.to_theirs(part.rows_of(torch.empty(ours.shapes[part.ours], device="meta"))).shape
+        make = partial(_make, ours, part, kind)
+        planned.append(Planned(part.theirs, kind, shape, make))
     return planned
 
 
-class _Reader:
-    """Parts of a decoder, read from wherever it lies."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.found: dict[str, Any] = {}
-        self.same_name: dict[str, str] = {}
-        if source.hugging_face:
-            self.found = find_parts(source.config, source.files.tensors, source.hf_names)
-            if source.hf_names is None:
-                self.same_name = {p.theirs: name for pieces in self.found.values() for p, name in pieces}
-        else:
-            check_names(source)
-            biases = {name: source.files.read(name) for name in source.files if has_no_twin(name)}
-            refuse_balancing_bias(hf_family(source.config), biases)
-
-    def dtype(self, name: str) -> torch.dtype:
-        stored = self.found[name][0][1] if self.found else name
-        return self.source.files.tensors[stored].dtype
-
-    def part(self, part: Part) -> Tensor:
-        if part.theirs in self.same_name:
-            return self.source.files.read(self.same_name[part.theirs])
-        if not self.found:
-            return part.to_theirs(self.source.files.read(part.ours, part.expert, part.begin, part.end))
-        shape = our_shapes(self.source.config)[part.ours]
-        return part.to_theirs(part.rows_of(read_joined(self.source, shape, self.found[part.ours])))
+def _make(ours: OurTensors, part: Part, dtype: torch.dtype) -> Tensor:
+    """Their tensor; only the rows that it is of ours are read, where ours lies as such."""
+    if ours.found:
+        rows = part.rows_of(ours.read(part.ours))
+    else:
+        rows = ours.source.files.read(part.ours, part.expert, part.begin, part.end)
+    return part.to_theirs(rows).to(dtype)
 
 
 def _dtype_keys(planned: list[Planned]) -> dict[str, str]:

@@ -74,11 +74,12 @@ def load_twin(folder: Path) -> nn.Module:
 
     try:
         with quiet_transformers():
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: transformers does not load it: {str(error).splitlines()[0]}") from error
+    model, report = loaded
     wrong = [f"{kind.replace('_', ' ')}: {report[kind]}" for kind in _REPORT if report.get(kind)]
     if wrong:
         raise UserError(*(f"{folder}: transformers reports {problem}" for problem in wrong))

@@ -68,11 +68,6 @@ class WeightFiles:
             stored.slices.append((path, slot, begin))
 
     @cached_property
-    def dtypes(self) -> set[torch.dtype]:
-        """Types of the floating-point tensors."""
-        return {stored.dtype for stored in self.tensors.values() if stored.dtype.is_floating_point}
-
-    @property
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of every tensor."""
         return {name: torch.Size(stored.shape) for name, stored in self.tensors.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ from llmrecipes.recipe.model_config import ModelConfig
 
 # Tables and masks that older versions of transformers saved beside the parameters.
 _NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")
+
+
+class HasShape(Protocol):
+    """A tensor, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
 
 
 def to_hf_state_dict(config: ModelConfig, state: Mapping[str, Tensor], *, per_expert: bool = True) -> dict[str, Tensor]:
@@ -83,7 +92,7 @@ def join(shape: Iterable[int], pieces: list[tuple[Part, Tensor]]) -> Tensor:
 
 
 def find_parts(
-    config: ModelConfig, available: Mapping[str, Tensor], source: str | None = None
+    config: ModelConfig, available: Mapping[str, HasShape], source: str | None = None
 ) -> dict[str, list[tuple[Part, str]]]:
     """For each of our tensors the parts that make it up, each with the name under which it is available.
 

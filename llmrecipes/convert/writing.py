@@ -77,7 +77,9 @@ def write_tensors(folder: Path, tensors: list[Planned], max_bytes: int) -> None:
         names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
         weight_map = {t.name: file for file, group in zip(names, groups, strict=True) for t in group}
         total = sum(t.bytes for t in tensors)
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     for name, group in zip(names, groups, strict=True):
         write_file(folder / name, _file(group))
     written = WeightFiles(folder)

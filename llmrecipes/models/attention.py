@@ -120,9 +120,7 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     return mixed.transpose(1, 2)
 
 
-def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None
-) -> Tensor:
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None) -> Tensor:
     """All documents in one launch of FlashAttention (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 

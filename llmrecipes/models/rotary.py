@@ -17,9 +17,9 @@ def inverse_frequencies(
     """Angle per position of each pair of features: ``theta ** (-2 i / width)``, [width / 2].
 
     Computed where it is used and never held by a module, so that ``.bfloat16()`` cannot round it.
-    With ``scaling`` of kind ``llama3``, wavelengths longer than ``original_max_seq_len / low_freq_factor`` are stretched by ``factor``,
-    those shorter than ``original_max_seq_len / high_freq_factor`` stay, and those between are blended (Llama 3.1); ``linear`` stretches
-    all of them.
+    With ``scaling`` of kind ``llama3``, wavelengths longer than ``original_max_seq_len / low_freq_factor`` are
+    stretched by ``factor``, those shorter than ``original_max_seq_len / high_freq_factor`` stay, and those between are
+    blended (Llama 3.1); ``linear`` stretches all of them.
     """
     exponent = torch.arange(0, width, 2, dtype=torch.int64, device=device).to(dtype) / width
     inverse = 1.0 / (theta**exponent)
