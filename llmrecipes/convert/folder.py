@@ -175,7 +175,7 @@ def _config(recipe: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def load_decoder(source: Source, dtype: torch.dtype | None = None) -> Decoder:
-    """The model with its weights, in evaluation mode; tensors that lie on disk as they are needed stay there, mapped.
+    """The model with its weights, in evaluation mode.
 
     Raises:
         UserError: tensors are missing, left over or of another shape; all are named.
@@ -222,7 +222,7 @@ class OurTensors:
         return kinds.pop()
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor; not copied where it lies in one piece."""
+        """The whole tensor, in new memory."""
         files = self.source.files
         if not self.found:
             return files.read(name)

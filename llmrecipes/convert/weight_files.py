@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +33,7 @@ class Stored:
 
 
 class WeightFiles:
-    """The tensors of a folder; files are mapped into memory, so that only what is looked at is read.
+    """The tensors of a folder; nothing but headers is read before it is asked for.
 
     Args:
         folder: holds ``*.safetensors``.
@@ -43,7 +44,6 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._maps: dict[Path, np.ndarray] = {}
         paths = _listed(folder)
         if not paths:
             raise UserError(f"{folder}: no *.safetensors in it{_other_weights(folder)}")
@@ -73,7 +73,7 @@ class WeightFiles:
         return {name: torch.Size(stored.shape) for name, stored in self.tensors.items()}
 
     def read(self, name: str, expert: int | None = None, begin: int = 0, end: int | None = None) -> Tensor:
-        """A tensor, or some rows of it, or some rows of one expert's: a view of the file where it lies in one piece.
+        """A tensor, or some rows of it, or some rows of one expert's: in new memory.
 
         Args:
             expert: index in the first dimension, which the result then lacks. begin, end: rows.
@@ -91,28 +91,38 @@ class WeightFiles:
     def _region(self, stored: Stored, wanted: list[tuple[int, int]]) -> Tensor:
         if len(stored.slices) == 1:
             path, slot, _ = stored.slices[0]
-            return self._view(path, slot)[tuple(slice(*w) for w in wanted)]
+            return _read(path, slot, wanted)
         out = torch.empty([hi - lo for lo, hi in wanted], dtype=stored.dtype)
         for path, slot, begin in stored.slices:
             common = [(max(lo, b), min(hi, b + n)) for (lo, hi), b, n in zip(wanted, begin, slot.shape, strict=True)]
             if any(lo >= hi for lo, hi in common):
                 continue
-            there = tuple(slice(lo - b, hi - b) for (lo, hi), b in zip(common, begin, strict=True))
             here = tuple(slice(lo - w[0], hi - w[0]) for (lo, hi), w in zip(common, wanted, strict=True))
-            out[here] = self._view(path, slot)[there]
+            out[here] = _read(path, slot, [(lo - b, hi - b) for (lo, hi), b in zip(common, begin, strict=True)])
         return out
-
-    def _view(self, path: Path, slot: Slot) -> Tensor:
-        if path not in self._maps:
-            # Private to this process: torch wants writable memory, and nothing written there reaches the file.
-            self._maps[path] = np.memmap(path, np.uint8, mode="c")
-        data = torch.from_numpy(self._maps[path][slot.begin : slot.begin + slot.bytes])
-        if slot.begin % slot.dtype.itemsize:
-            data = data.clone()
-        return data.view(slot.dtype).view(slot.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
+
+
+def _read(path: Path, slot: Slot, wanted: list[tuple[int, int]]) -> Tensor:
+    """A region of a stored tensor: its rows are read, into new memory, and cut to size.
+
+    Read, not mapped: pages of a mapped file would count as memory of this process for as long as it is open.
+    """
+    if not wanted:
+        return torch.from_numpy(np.fromfile(path, np.uint8, slot.bytes, offset=slot.begin)).view(slot.dtype)[0]
+    first, last = wanted[0]
+    shape, begin = list(slot.shape), slot.begin
+    row = math.prod(shape[1:]) * slot.dtype.itemsize
+    begin, shape[0], rest = begin + first * row, last - first, wanted[1:]
+    if shape[0] == 1 and len(shape) > 1:  # one expert: its own rows lie together too
+        inner = math.prod(shape[2:]) * slot.dtype.itemsize
+        begin, shape[1] = begin + rest[0][0] * inner, rest[0][1] - rest[0][0]
+        rest = [(0, shape[1]), *rest[1:]]
+    count = math.prod(shape) * slot.dtype.itemsize
+    data = torch.from_numpy(np.fromfile(path, np.uint8, count, offset=begin)).view(slot.dtype).view(shape)
+    return data[(slice(None), *(slice(*w) for w in rest))]
 
 
 def _listed(folder: Path) -> list[Path]:
