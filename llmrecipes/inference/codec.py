@@ -17,7 +17,11 @@ class Codec(Protocol):
 
     folder: Path
     vocab_size: int
-    eos_ids: list[int]
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Ids that end a text."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with the beginning piece if the tokenizer puts one there by itself."""

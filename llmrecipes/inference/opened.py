@@ -53,7 +53,7 @@ def open_model(folder: str, dtype: str = "fp32", tokenizer: str | None = None) -
         raise UserError(
             f"{folder}: no tokenizer found in it (nor where its recipe says); name its folder with --tokenizer"
         )
-    place = place if place.is_dir() else place.parent
+    place = place.parent if place.is_file() else place
     if not place.is_dir():
         raise UserError(f"--tokenizer {place}: no such folder")
     codec = open_codec(place, _hugging_face(Path(folder), place, tokenizer is not None), loaded.eos_ids)

@@ -18,7 +18,7 @@ def table(scores: list[Score]) -> str:
 
 def side_by_side(names: tuple[str, str], first: list[Score], second: list[Score]) -> str:
     """Bits per byte of the same texts under two models, and which one needs fewer."""
-    rows = [("bits/byte", "1", "2", "2 - 1", "better")]
+    rows: list[tuple[str, ...]] = [("bits/byte", "1", "2", "2 - 1", "better")]
     for a, b in zip(first, second, strict=True):
         difference = b.bits_per_byte - a.bits_per_byte
         better = "-" if not difference or math.isnan(difference) else "1" if difference > 0 else "2"

@@ -22,7 +22,7 @@ class TextStream:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._ids = list(before[-CONTEXT:])
+        self._ids = _context(decode, before)
         self._start = 0  # first id decoded
         self._done = len(self._ids)  # first id whose text was not given out
 
@@ -55,11 +55,19 @@ class TextStream:
         self._start, self._done = self._done, end
 
 
+def _context(decode: Callable[[Sequence[int]], str], before: Sequence[int]) -> list[int]:
+    """The last ids of ``before``, from the beginning of a character: some decoders take all bytes after half a
+    character for broken."""
+    choices = [list(before[-size:]) for size in range(CONTEXT, CONTEXT + LONGEST_CHARACTER)]
+    return next((ids for ids in choices if UNFINISHED not in decode(ids)), choices[0])
+
+
 class StopStrings:
     """Passes text on until one of ``stops`` appears; holds back what may be the beginning of one.
 
     Args:
-        stops: texts that end the generation; they themselves are not part of it. Whichever begins first counts.
+        stops: texts that end the generation; they themselves are not part of it. Whichever is complete first
+            counts, however the text is cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -73,10 +81,10 @@ class StopStrings:
         if self.stopped:
             return ""
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            return self._take(min(places))
+            return self._take(min(found)[1])
         return self._take(len(self._held) - self._risky())
 
     def end(self) -> str:
