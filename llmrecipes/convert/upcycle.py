@@ -21,7 +21,7 @@ from llmrecipes.convert.folder import OurTensors, Source, load_decoder, open_sou
 from llmrecipes.convert.from_hf import how_to_train, write_model_folder
 from llmrecipes.convert.names import our_shapes
 from llmrecipes.convert.tokenizer_files import check_tokenizer
-from llmrecipes.convert.verify import TOLERANCE, in_fp32, random_tokens
+from llmrecipes.convert.verify import in_fp32, random_tokens, tolerance
 from llmrecipes.convert.writing import Planned, new_folder, write_tensors
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
@@ -210,7 +210,7 @@ def _compare(source: Source, folder: Path, exact: bool) -> float:
     dense = _logits(source, tokens)
     mixture = _logits(open_source(folder), tokens)
     difference = float((dense - mixture).abs().max() / dense.abs().max().clamp_min(1))
-    if exact and not difference <= TOLERANCE:
+    if exact and not difference <= tolerance(source.config):
         raise UserError(f"upcycle: logits differ from the dense model's by {difference:.1e}; nothing was kept")
     return difference
 

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from llmrecipes.convert.folder import Source, load_decoder
 from llmrecipes.errors import UserError
+from llmrecipes.models import Decoder
+from llmrecipes.models.moe import Router
+from llmrecipes.recipe.model_config import ModelConfig
 
-# Of the largest logit, at least of 1: what fp32 sums in another order may differ by.
+# What fp32 sums in another order may differ by; and how close two router logits are that rounding may swap.
 TOLERANCE = 1e-5
-_ROWS, _LONGEST = 2, 256
+_TIE = 1e-4
+_ROWS, _LONGEST = 4, 256
 
 
 def verify_logits(ours: Source, hf_folder: Path, dtype: torch.dtype | None = None) -> float:
@@ -32,12 +36,12 @@ def verify_logits(ours: Source, hf_folder: Path, dtype: torch.dtype | None = Non
         The largest difference of a logit, relative to the largest logit where that is above 1.
 
     Raises:
-        UserError: it is above `TOLERANCE`, or transformers found tensors missing or left over.
+        UserError: it is above `tolerance`, or transformers found tensors missing or left over.
     """
     tokens = random_tokens(ours)
     with torch.inference_mode():
         decoder = load_decoder(ours, dtype)
-        with in_fp32(decoder):
+        with in_fp32(decoder), near_ties(decoder, tokens) as undecided:
             hidden = decoder(tokens).hidden
         expected = F.linear(hidden, decoder.head_weight.float())[..., : ours.config.vocab_size]
         del decoder, hidden
@@ -46,13 +50,46 @@ def verify_logits(ours: Source, hf_folder: Path, dtype: torch.dtype | None = Non
             found = model(tokens).logits.float()
     if found.shape != expected.shape:
         raise UserError(f"{hf_folder}: transformers gives logits {list(found.shape)}, not {list(expected.shape)}")
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
-    if not difference <= TOLERANCE:
+    bound = tolerance(ours.config)
+    differences = (found - expected).abs().amax(-1) / expected.abs().max().clamp_min(1)
+    if not (differences <= bound).all():
+        # Rounding may send a token to another expert where two score alike; it and all that see it are left out.
+        differences = differences[undecided.cumsum(1) == 0]
+    difference = float(differences.max()) if differences.numel() else float("inf")
+    if not difference <= bound:
         raise UserError(
             f"{hf_folder}: logits differ from transformers' by {difference:.1e} of the largest, more than "
-            f"{TOLERANCE:.0e}; nothing was kept. This is a defect of the conversion: please report config.json"
+            f"{bound:.0e}; nothing was kept. This is a defect of the conversion: please report config.json"
         )
     return difference
+
+
+def tolerance(config: ModelConfig) -> float:
+    """Of the largest logit, at least of 1: rounding adds up over layers."""
+    return TOLERANCE * max(1.0, config.num_layers / 16)
+
+
+@contextmanager
+def near_ties(decoder: Decoder, tokens: Tensor) -> Iterator[Tensor]:
+    """Marks, during a forward pass, tokens for which the best expert not chosen scores like the worst chosen.
+
+    Yields:
+        [B, T] bool, filled by the pass.
+    """
+    undecided = torch.zeros(tokens.shape, dtype=torch.bool)
+
+    def look(router: Router, inputs: Any, _: Any) -> None:
+        scores = F.linear(inputs[0].float(), router.weight.float())
+        if router.top_k < scores.shape[-1]:
+            best = scores.topk(router.top_k + 1, dim=-1).values
+            undecided.logical_or_((best[:, -2] - best[:, -1] < _TIE).view(tokens.shape))
+
+    handles = [module.register_forward_hook(look) for module in decoder.modules() if isinstance(module, Router)]
+    try:
+        yield undecided
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def random_tokens(source: Source) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -56,6 +57,28 @@ def test_there_and_back_is_bit_exact(family, tmp_path, capsys):
     generation = json.loads((back / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp")]
+
+
+def test_qwen1_comes_in_and_goes_out_as_qwen2(tmp_path, capsys):
+    from safetensors.torch import save_file
+    from test_transformers_parity import QWEN1, qwen1_files
+
+    from llmrecipes.convert import config_from_hf
+    from llmrecipes.models import Decoder, init_weights
+
+    config = config_from_hf(QWEN1)
+    decoder = Decoder(config)
+    init_weights(decoder, 5)
+    (tmp_path / "qwen1").mkdir()
+    (tmp_path / "qwen1" / "config.json").write_text(json.dumps(QWEN1))
+    files = {name: tensor.clone() for name, tensor in qwen1_files(decoder).items()}
+    save_file(files, tmp_path / "qwen1" / "model.safetensors")
+    main(["from-hf", str(tmp_path / "qwen1"), str(tmp_path / "ours")])
+    assert "NOT compared with transformers" in capsys.readouterr().out
+    ours = tensors(tmp_path / "ours")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in decoder.state_dict().items())
+    main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "qwen2")])
+    assert json.loads((tmp_path / "qwen2" / "config.json").read_text())["model_type"] == "qwen2"
 
 
 def a_folder(tmp_path, family="llama", index=0, name="hf"):
@@ -146,6 +169,57 @@ def test_to_hf_refuses_what_transformers_computes_otherwise(tmp_path, monkeypatc
     with pytest.raises(UserError, match="logits differ from transformers' by"):
         main(["to-hf", str(ours), str(out)])
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("hf", "ours")] == []
+
+
+def test_a_tie_between_experts_is_no_defect_but_a_wrong_expert_is(tmp_path, monkeypatch):
+    """Two experts of a layer with router rows that differ by rounding; transformers then takes the other one."""
+    from llmrecipes.convert import verify
+
+    source, ours = a_folder(tmp_path, "mixtral", 0), tmp_path / "ours"
+    main(["from-hf", str(source), str(ours)])
+    real = verify.load_twin
+
+    def other_choice(folder):
+        model = real(folder)
+        gate = next(m for name, m in model.named_modules() if name.endswith("mlp.gate"))
+        assert not torch.equal(gate.weight[0], gate.weight[1])
+        gate.weight.data[[0, 1]] = gate.weight.data[[1, 0]]
+        return model
+
+    monkeypatch.setattr(verify, "load_twin", other_choice)
+    with pytest.raises(UserError, match="logits differ"):
+        main(["to-hf", str(ours), str(tmp_path / "wrong")])
+    ties = verify.near_ties
+
+    @contextlib.contextmanager
+    def all_but_the_first(decoder, tokens):
+        """As if every second token of each row were undecided: the first alone is compared, and it may be right."""
+        with ties(decoder, tokens) as undecided:
+            yield undecided
+        undecided[:, 0:] = True
+
+    monkeypatch.setattr(verify, "near_ties", all_but_the_first)
+    with pytest.raises(UserError, match="logits differ from transformers' by inf"):
+        main(["to-hf", str(ours), str(tmp_path / "wrong")])
+
+
+def test_near_ties_are_found_where_they_are():
+    from llmrecipes.convert.verify import near_ties
+    from llmrecipes.models import Decoder, ModelConfig, MoEConfig
+
+    moe = MoEConfig(num_experts=3, top_k=1, ffn_dim=8, renormalize=False)
+    model = Decoder(ModelConfig(vocab_size=9, dim=8, num_layers=1, num_heads=2, moe=moe)).eval()
+    router = model.layers[0].mlp.gate
+    tokens = tokens_for(model.config, 12)
+    with torch.no_grad():
+        with near_ties(model, tokens) as undecided:
+            model(tokens)
+        assert not undecided.any()
+        router.weight[1] = router.weight[0] + 1e-7
+        with near_ties(model, tokens) as undecided:
+            model(tokens)
+        assert 0 < undecided.sum() < undecided.numel()  # where the third is best, the tie does not matter
+    assert not router._forward_hooks
 
 
 def test_mistakes_are_told(tmp_path):

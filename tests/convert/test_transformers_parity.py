@@ -359,3 +359,17 @@ def test_other_families_and_misfitting_files_are_refused():
     with pytest.raises(UserError) as caught:
         from_hf_state_dict(config, theirs)
     assert [p.split()[2:4] for p in caught.value.problems] == [["lacks", "model.norm.weight"], ["holds", "surprise,"]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_names_of_the_first_releases(family):
+    """Without the prefix, with the causal mask saved beside the weights: as GPT-2 and BLOOM lie on the hub."""
+    model = peer(family, 0)
+    config = config_from_hf(model.config.to_dict())
+    files = {n.removeprefix("transformer."): t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    if family == "gpt2":
+        files["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        files["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    old, new = from_hf_state_dict(config, files), from_hf_state_dict(config, model.state_dict())
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in new)

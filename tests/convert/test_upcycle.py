@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import cli, trajectory, write_recipe
+from helpers import cli, llmrecipes, trajectory, write_recipe
 from safetensors.torch import load_file, save_file
 
 from llmrecipes.convert import config_to_hf, to_hf_state_dict
@@ -200,3 +200,28 @@ def test_a_run_may_begin_with_another_run_and_a_wrong_folder_is_named(tmp_path, 
     init["init_from"] = str(tmp_path / "hf")
     assert cli("check", write_recipe(tmp_path, other, "third.yaml")) == 2
     assert "is a Hugging Face folder - llmrecipes convert from-hf" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_begin_with_their_slices_of_the_same_weights(tmp_path, recipe):
+    """One process and two that share the parameters: the same run, from the same folder."""
+    assert main(["from-hf", str(dense_folder(tmp_path / "hf")), str(tmp_path / "ours"), "--vocab_multiple", "128"]) == 0
+    records = []
+    for ranks in (1, 2):
+        plain = recipe(steps=3)
+        plain["name"] = f"on{ranks}"
+        plain["trainer"] |= {
+            "devices": ranks,
+            "strategy": {"class_path": "llmrecipes.distributed.ShardedStrategy", "init_args": {"mode": "full_shard"}},
+        }
+        path = write_recipe(tmp_path, plain, f"on{ranks}.yaml")
+        words = ["--config", path, "--config", tmp_path / "ours" / "model.yaml", "--run_root", tmp_path]
+        llmrecipes("fit", *words, cwd=tmp_path)
+        records.append([r["loss"] for r in trajectory(tmp_path / f"on{ranks}") if "loss" in r])
+    assert len(records[0]) == 3
+    assert records[0] == pytest.approx(records[1], rel=1e-6)
+    consolidated = tmp_path / "whole"
+    assert main(["consolidate", str(tmp_path / "on2"), str(consolidated)]) == 0
+    assert (logits(consolidated) - logits(tmp_path / "on2")).abs().max() == 0
+    assert main(["to-hf", str(consolidated), str(tmp_path / "out")]) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].shape == (64, 32)
