@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from llmrecipes.inference.generate_command import Request, encode, note_long_texts, write
+from llmrecipes.inference.generate_command import Request, encode, from_stream, note_long_texts, write
 from llmrecipes.inference.opened import Opened
 from llmrecipes.inference.prompts import Message, Prompt
 
@@ -43,7 +43,7 @@ def _read(source: TextIO, by_hand: bool) -> str | None:
     if by_hand:
         print("> ", end="", file=sys.stderr, flush=True)
     try:
-        line = source.readline()
+        line = from_stream(source.readline)
     except KeyboardInterrupt:
         line = ""
     return line.strip() if line else None

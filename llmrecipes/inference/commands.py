@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
 MODEL = "run folder, checkpoint, folder written by `llmrecipes convert`, or Hugging Face folder"
 
@@ -56,7 +57,7 @@ def generate(words: list[str]) -> int:
     _threads()
     from llmrecipes.inference.generate_command import run
 
-    return run(args)
+    return _interruptible(run, args)
 
 
 def perplexity(words: list[str]) -> int:
@@ -97,7 +98,16 @@ def perplexity(words: list[str]) -> int:
     _threads()
     from llmrecipes.inference.perplexity_command import run
 
-    return run(args)
+    return _interruptible(run, args)
+
+
+def _interruptible(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Ctrl-C is a way to end a text that is long enough: no traceback, the shell's code for it."""
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print()
+        return 130
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

@@ -132,10 +132,24 @@ def _request(args: Namespace) -> Request:
 def _from_stdin() -> Prompt:
     if sys.stdin.isatty():
         raise UserError("no prompt: give --prompt TEXT, --prompts FILE, a text on standard input, or --chat to talk")
-    text = sys.stdin.read().removesuffix("\n")
+    text = from_stream(sys.stdin.read).removesuffix("\n")
     if not text:
         raise UserError("the prompt on standard input is empty; give at least one character to continue")
     return make(text, chat=False, system=None)
+
+
+def from_stream(read: Callable[[], str]) -> str:
+    """What ``read`` gives.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        text = read()
+        text.encode("utf-8")
+    except UnicodeError:
+        raise UserError("standard input is not valid UTF-8; convert it first") from None
+    return text
 
 
 def encode(opened: Opened, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmrecipes.errors import UserError
-from llmrecipes.inference.texts import read_lines
+from llmrecipes.inference.texts import not_text, read_lines
 
 Message = dict[str, str]
 
@@ -41,10 +41,11 @@ def collect(given: list[str], file: str | None, field: str, chat: bool, system: 
     problems: list[str] = []
     prompts = []
     for number, text in enumerate(given, 1):
-        if text:
-            prompts.append(make(text, chat, system))
+        reason = not_text(text) if text else "empty; give at least one character to continue"
+        if reason:
+            problems.append(f"--prompt (number {number}): {reason}")
         else:
-            problems.append(f"--prompt (number {number}): empty; give at least one character to continue")
+            prompts.append(make(text, chat, system))
     for where, line in read_lines(Path(file)) if file else ():
         try:
             prompts.append(_of_line(line, Path(file or ""), field, chat, system))
@@ -79,6 +80,8 @@ def _of_line(line: str, file: Path, field: str, chat: bool, system: str | None) 
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}); mend or remove the line") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, but one object a line is expected")
+    if reason := not_text(json.dumps(record, ensure_ascii=False)):
+        raise ValueError(reason)
     if chat and "messages" in record:
         return _conversation(record["messages"], system)
     text = record.get(field)

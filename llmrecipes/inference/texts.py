@@ -28,6 +28,15 @@ class Document:
     text: str
 
 
+def not_text(text: str) -> str | None:
+    """Why no tokenizer can read ``text``, or None: bytes that are not UTF-8, or half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"not valid UTF-8 at character {error.start}; mend it first"
+    return None
+
+
 def is_text(path: Path) -> bool:
     """Whether the name says plain text: the whole file is then one document."""
     return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix in TEXT_ENDINGS
@@ -70,6 +79,8 @@ def read_documents(texts: list[str], inputs: list[str], field: str, limit: int |
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise UserError(f"--text (number {number}): empty; there is nothing to score")
+        if reason := not_text(text):
+            raise UserError(f"--text (number {number}): {reason}")
         yield Document(f"text {number}", "--text", text)
     for path in paths:
         found = iter([read_text(path)]) if path.is_file() and is_text(path) else documents(path, field)

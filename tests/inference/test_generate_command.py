@@ -147,6 +147,8 @@ def test_slips_are_named(run_folder, hf_folder, tmp_path, jsonl, capsys, stdin):
     (tmp_path / "empty").mkdir()
     table = make_hf_folder(tmp_path / "small_vocabulary", vocab_size=100)
     bad = jsonl("bad.jsonl", [{"text": "x"}, {"prompt": ""}, {"messages": [{"role": "user"}]}])
+    half = jsonl("half.jsonl", [{"prompt": "x"}])
+    half.write_text('{"prompt": "half \\ud83d"}\n')
     x = ["--prompt", "x"]
     cases = [
         ([run_folder], "standard input is empty"),
@@ -154,6 +156,8 @@ def test_slips_are_named(run_folder, hf_folder, tmp_path, jsonl, capsys, stdin):
         ([run_folder, "--prompts", tmp_path / "none"], "no such file"),
         ([run_folder, "--prompts", bad], "bad.jsonl:1: no field 'prompt' (fields here: text)"),
         ([run_folder, "--prompts", bad], "bad.jsonl:2: field 'prompt' is no text"),
+        ([run_folder, "--prompt", "caf\udce9"], "--prompt (number 1): not valid UTF-8 at character 3"),
+        ([run_folder, "--prompts", half], "half.jsonl:1: not valid UTF-8"),
         ([hf_folder, "--chat", "--prompts", bad], "bad.jsonl:3: every message is"),
         ([tmp_path / "empty", *x], str(tmp_path / "empty")),
         ([tmp_path / "nowhere", *x], "no such folder"),
@@ -190,6 +194,22 @@ def test_prompts_longer_than_the_positions(tmp_path, run_folder, hf_folder, caps
     # Rotary positions go on beyond the length of the training, with a word about it.
     assert cli("generate", run_folder, "--prompt", ENGLISH * 3, "--max_new_tokens", 30) == 0
     assert "was made for 64" in capsys.readouterr().err
+
+
+def test_interrupting_ends_without_a_traceback(run_folder, monkeypatch):
+    from llmrecipes.inference import generate_command
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_command, "generate_batch", interrupted)
+    assert cli("generate", run_folder, "--prompt", "x") == 130
+
+
+def test_input_that_is_not_utf8(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert cli("generate", run_folder) == 2
+    assert "standard input is not valid UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["generate", "perplexity"])
