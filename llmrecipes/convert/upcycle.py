@@ -60,9 +60,10 @@ def upcycle(
     """Make a mixture of experts of a dense model; without noise and drop its logits are the dense model's.
 
     Args:
-        src: a Hugging Face folder, a run, a checkpoint, or a folder of from-hf or consolidate; dense, SwiGLU or GELU.
+        src: a Hugging Face folder, a run, a checkpoint, or a folder of from-hf or consolidate; dense, no biases.
         dst: a folder that does not exist yet.
-        experts: per layer. top_k: of which each token uses this many.
+        experts: per layer.
+        top_k: experts that each token uses.
         noise: added to the experts' weights, in standard deviations of each matrix; 0.01 is a little.
         drop: share of each expert's hidden units to draw anew (drop-upcycling; its paper uses 0.5).
         router: random begins with N(0, 0.02); zero sends all tokens to the same experts until it has learned.
