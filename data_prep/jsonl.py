@@ -199,6 +199,16 @@ def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
             yield b"".join(rest), file.tell()
 
 
+def read_bytes(path: Path) -> bytes:
+    """The whole of a file, uncompressed by its name's ending.
+
+    Raises:
+        UserError: a truncated or corrupt archive.
+    """
+    with path.open("rb") as file:
+        return b"".join(_blocks(path, file))
+
+
 def _blocks(path: Path, file: IO[bytes]) -> Iterator[bytes]:
     """Uncompressed blocks of a file, by its name's ending."""
     try:

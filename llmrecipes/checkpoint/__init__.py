@@ -10,7 +10,7 @@ from llmrecipes.checkpoint.files import (
     verify,
     write_checkpoint,
 )
-from llmrecipes.checkpoint.load import load_model, load_optimizer
+from llmrecipes.checkpoint.load import load_initial, load_model, load_optimizer
 from llmrecipes.checkpoint.retention import checkpoints, newest_whole, quarantine, whole_checkpoints
 from llmrecipes.checkpoint.state import TrainingState
 
@@ -19,6 +19,7 @@ __all__ = [
     "Checkpoints",
     "TrainingState",
     "checkpoints",
+    "load_initial",
     "load_model",
     "load_optimizer",
     "newest_whole",

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from llmrecipes.checkpoint.errors import CheckpointError
+from llmrecipes.checkpoint.files import MANIFEST, verify
+from llmrecipes.checkpoint.retention import newest_whole
 from llmrecipes.checkpoint.shards import Shards
+from llmrecipes.errors import UserError
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -23,6 +26,41 @@ def load_model(folder: Path, model: nn.Module) -> None:
         CheckpointError: names or shapes differ; all that differ are named.
     """
     Shards(folder / "model").read_into(dict(model.state_dict()))
+
+
+def load_initial(path: Path, model: nn.Module) -> None:
+    """Begin with the weights of another folder; each rank reads only its slices.
+
+    Args:
+        path: a run, a checkpoint, or a folder of safetensors with our names.
+        model: not on the meta device; plain or sharded.
+
+    Raises:
+        UserError: nothing whole there, or another model.
+    """
+    folder = _weights_folder(path)
+    try:
+        Shards(folder).read_into(dict(model.state_dict()))
+    except CheckpointError as error:
+        raise UserError(f"model.init_args.init_from: {error}; its config is not the recipe's") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.init_args.init_from: {folder} cannot be read: {error}") from error
+
+
+def _weights_folder(path: Path) -> Path:
+    if any(path.glob("*.safetensors")) and not (path / MANIFEST).exists():
+        return path
+    checkpoint = path
+    if not (path / MANIFEST).exists():
+        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        found, broken = newest_whole(root)
+        if found is None:
+            advice = "".join(f"; {sentence}" for sentence in broken)
+            raise UserError(f"model.init_args.init_from: {path} holds no weights of a model{advice}")
+        return found / "model"
+    if reason := verify(checkpoint):
+        raise UserError(f"model.init_args.init_from: {checkpoint} is no whole checkpoint: {reason}")
+    return checkpoint / "model"
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -24,6 +24,9 @@ class Stage(NamedTuple):
 
 
 STAGES = {
+    "from-hf": Stage("llmrecipes.convert.from_hf", "from_hf", "a Hugging Face folder as one that fit starts from"),
+    "to-hf": Stage("llmrecipes.convert.to_hf", "to_hf", "a run, checkpoint or folder of ours as a Hugging Face folder"),
+    "upcycle": Stage("llmrecipes.convert.upcycle", "upcycle", "a dense model as a mixture of experts, to train on"),
     "consolidate": Stage(
         "llmrecipes.convert.consolidate", "consolidate", "one safetensors folder of a checkpoint that many ranks wrote"
     ),

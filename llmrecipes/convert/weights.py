@@ -1,92 +1,29 @@
-"""Weights of Llama, Qwen2 and Mixtral in Hugging Face's names to ours and back, bit for bit.
-
-The mapping is data: each of our tensors is made of one or more of theirs, one below the other.
-"""
+"""State dicts in memory: Hugging Face's names to ours and back, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llmrecipes.convert.configs import hf_family
+from llmrecipes.convert.families import hf_family
+from llmrecipes.convert.names import Part, has_no_twin, our_shapes, parts
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One of our tensors and the tensors of theirs it consists of.
-
-    Attributes:
-        ours: name in our state dict.
-        theirs: names in theirs, stacked along the first dimension in this order.
-        sizes: rows of each of ``theirs``.
-        per_expert: names of the same tensor split by expert, with ``{}`` for the expert, as files of Mixtral hold it;
-            for each expert these are stacked along the first dimension.
-        per_expert_rows: rows of each of ``per_expert``.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    sizes: tuple[int, ...]
-    per_expert: tuple[str, ...] = ()
-    per_expert_rows: tuple[int, ...] = ()
+# Tables and masks that older versions of transformers saved beside the parameters.
+_NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")
 
 
-def _linear(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...], bias: bool) -> Iterator[Entry]:
-    for part in ("weight", "bias") if bias else ("weight",):
-        yield Entry(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), sizes)
+class HasShape(Protocol):
+    """A tensor, or what a file's header says of one."""
 
-
-def mapping(config: ModelConfig) -> list[Entry]:
-    """Every tensor of a decoder that has a Hugging Face twin."""
-    hf_family(config)
-    dim, vocab = config.dim, config.vocab_size
-    q, kv = config.num_heads * config.head_width, config.kv_heads * config.head_width
-    entries = [Entry("embed.weight", ("model.embed_tokens.weight",), (vocab,))]
-    for i in range(config.num_layers):
-        us, them = f"layers.{i}", f"model.layers.{i}"
-        projections = tuple(f"{them}.self_attn.{x}_proj" for x in "qkv")
-        entries.append(Entry(f"{us}.attention_norm.weight", (f"{them}.input_layernorm.weight",), (dim,)))
-        entries.append(Entry(f"{us}.mlp_norm.weight", (f"{them}.post_attention_layernorm.weight",), (dim,)))
-        entries += _linear(f"{us}.attention.qkv", projections, (q, kv, kv), config.qkv_bias)
-        entries += _linear(f"{us}.attention.out", (f"{them}.self_attn.o_proj",), (dim,), config.bias)
-        if config.moe is None:
-            ffn = config.ffn_dim or 0
-            gate_up = (f"{them}.mlp.gate_proj", f"{them}.mlp.up_proj")
-            entries += _linear(f"{us}.mlp.gate_up", gate_up, (ffn, ffn), config.bias)
-            entries += _linear(f"{us}.mlp.down", (f"{them}.mlp.down_proj",), (dim,), config.bias)
-            continue
-        experts, ffn = config.moe.num_experts, config.moe.ffn_dim
-        file = f"{them}.block_sparse_moe.experts.{{}}"
-        entries += [
-            Entry(f"{us}.mlp.gate.weight", (f"{them}.mlp.gate.weight",), (experts,)),
-            Entry(
-                f"{us}.mlp.experts.gate_up_proj",
-                (f"{them}.mlp.experts.gate_up_proj",),
-                (experts,),
-                (f"{file}.w1.weight", f"{file}.w3.weight"),
-                (ffn, ffn),
-            ),
-            Entry(
-                f"{us}.mlp.experts.down_proj",
-                (f"{them}.mlp.experts.down_proj",),
-                (experts,),
-                (f"{file}.w2.weight",),
-                (dim,),
-            ),
-        ]
-    entries.append(Entry("norm.weight", ("model.norm.weight",), (dim,)))
-    if not config.tie_embeddings:
-        entries.append(Entry("head.weight", ("lm_head.weight",), (vocab,)))
-    return entries
-
-
-def _bias_names(config: ModelConfig) -> list[str]:
-    return [f"layers.{i}.mlp.gate.bias" for i in range(config.num_layers) if config.is_moe_layer(i)]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
 
 
 def to_hf_state_dict(config: ModelConfig, state: Mapping[str, Tensor], *, per_expert: bool = True) -> dict[str, Tensor]:
@@ -99,66 +36,102 @@ def to_hf_state_dict(config: ModelConfig, state: Mapping[str, Tensor], *, per_ex
             memory (``mlp.experts.gate_up_proj``).
 
     Raises:
-        UserError: a tensor is missing, or a balancing bias is not zero (Mixtral has no place for it).
+        UserError: a tensor is missing, or a balancing bias is not zero (no architecture has a place for it).
     """
-    missing = [entry.ours for entry in mapping(config) if entry.ours not in state]
+    listed = parts(config, fused=not per_expert)
+    missing = list(dict.fromkeys(part.ours for part in listed if part.ours not in state))
     if missing:
         raise UserError(*(f"the weights lack {name}" for name in missing))
-    moved = [name for name in _bias_names(config) if name in state and bool(state[name].any())]
-    if moved:
-        raise UserError(f"Mixtral has no place for a balancing bias, but {moved[0]} is not zero: see moe.balance")
-    out: dict[str, Tensor] = {}
-    for entry in mapping(config):
-        tensor = state[entry.ours]
-        if entry.per_expert and per_expert:
-            for expert, matrix in enumerate(tensor.unbind(0)):
-                parts = matrix.split(entry.per_expert_rows)
-                out |= {n.format(expert): part.clone() for n, part in zip(entry.per_expert, parts, strict=True)}
-        else:
-            parts = tensor.split(entry.sizes)
-            out |= {name: part.clone() for name, part in zip(entry.theirs, parts, strict=True)}
-    if per_expert:
-        return {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor for name, tensor in out.items()}
-    return out
+    refuse_balancing_bias(hf_family(config), {name: state[name] for name in state if has_no_twin(name)})
+    return {part.theirs: part.to_theirs(part.rows_of(state[part.ours])).clone().contiguous() for part in listed}
 
 
-def _take(entry: Entry, hf: dict[str, Tensor], num_experts: int, missing: list[str]) -> Tensor | None:
-    names = list(entry.theirs)
-    if entry.per_expert and names[0] not in hf:
-        names = [name.format(expert) for expert in range(num_experts) for name in entry.per_expert]
-    absent = [name for name in names if name not in hf]
-    if absent:
-        missing += absent
-        return None
-    parts = [hf.pop(name) for name in names]
-    if len(names) == len(entry.theirs):
-        return torch.cat(parts)
-    whole = torch.cat(parts)
-    return whole.view(num_experts, sum(entry.per_expert_rows), whole.shape[-1])
-
-
-def from_hf_state_dict(config: ModelConfig, hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's weights, from files or from a module, as our state dict.
+def refuse_balancing_bias(family: str, biases: Mapping[str, Tensor]) -> None:
+    """Refuse what no architecture has a place for.
 
     Raises:
-        UserError: tensors are missing or left over; all are named.
+        UserError: a bias that balances experts has moved.
     """
-    hf = {name.replace(".block_sparse_moe.gate.", ".mlp.gate."): tensor for name, tensor in hf_state.items()}
-    missing: list[str] = []
-    state: dict[str, Tensor] = {}
-    for entry in mapping(config):
-        tensor = _take(entry, hf, config.moe.num_experts if config.moe else 0, missing)
-        if tensor is not None:
-            state[entry.ours] = tensor
-    if config.tie_embeddings:
-        hf.pop("lm_head.weight", None)
-    extra = [name for name in hf if not name.endswith("rotary_emb.inv_freq")]
-    if missing or extra:
+    moved = [name for name, bias in biases.items() if bool(bias.any())]
+    if moved:
         raise UserError(
-            *(f"the checkpoint lacks {name}" for name in missing),
-            *(f"the checkpoint holds {name}, for which this model has no place" for name in extra),
+            f"{family} has no place for a balancing bias, but {moved[0]} is not zero: it chose experts in training "
+            "(moe.balance: bias), and without it other experts would be chosen"
         )
-    for name in _bias_names(config):
-        assert config.moe is not None
-        state[name] = torch.zeros(config.moe.num_experts, dtype=torch.float32)
+
+
+def from_hf_state_dict(
+    config: ModelConfig, hf_state: Mapping[str, Tensor], source: str | None = None
+) -> dict[str, Tensor]:
+    """Hugging Face's weights, from files or from a module, as our state dict.
+
+    Args:
+        config: the decoder.
+        hf_state: tensors by their names.
+        source: ``qwen`` for Qwen-1; None = the family that `hf_family` finds.
+
+    Raises:
+        UserError: tensors are missing, left over or of another shape; all are named.
+    """
+    found = find_parts(config, hf_state, source)
+    state: dict[str, Tensor] = {}
+    for name, shape in our_shapes(config).items():
+        if has_no_twin(name):
+            state[name] = torch.zeros(shape, dtype=torch.float32)
+        else:
+            state[name] = join(shape, [(part, hf_state[theirs]) for part, theirs in found[name]])
     return state
+
+
+def join(shape: Iterable[int], pieces: list[tuple[Part, Tensor]]) -> Tensor:
+    """One of our tensors from the parts that make it up; rows that only pad are zero."""
+    whole = torch.zeros(tuple(shape), dtype=pieces[0][1].dtype)
+    for part, tensor in pieces:
+        part.rows_of(whole).copy_(part.to_ours(tensor))
+    return whole
+
+
+def find_parts(
+    config: ModelConfig, available: Mapping[str, HasShape], source: str | None = None
+) -> dict[str, list[tuple[Part, str]]]:
+    """For each of our tensors the parts that make it up, each with the name under which it is available.
+
+    Args:
+        available: anything with a ``shape`` by name; files of older versions of transformers may lack the prefix
+            ``transformer.``, and modules in memory have experts stacked.
+
+    Raises:
+        UserError: something is missing, left over or of another shape; all are named.
+    """
+    left = {_canonical(name): name for name in available if not _NO_PARAMETER.search(name)}
+    fused = any(name.endswith("experts.gate_up_proj") for name in left)
+    listed = parts(config, source, fused)
+    shapes = our_shapes(config)
+    found: dict[str, list[tuple[Part, str]]] = {}
+    problems = []
+    for part in listed:
+        name = left.pop(part.theirs, None)
+        if name is None:
+            problems.append(f"the checkpoint lacks {part.theirs}")
+            continue
+        expected = tuple(_their_shape(part, shapes[part.ours]))
+        if tuple(available[name].shape) != expected:
+            shape = list(available[name].shape)
+            problems.append(f"the checkpoint's {name} is {shape}, config.json makes it {list(expected)}")
+        found.setdefault(part.ours, []).append((part, name))
+    if config.tie_embeddings:
+        left.pop("lm_head.weight", None)
+    problems += [f"the checkpoint holds {name}, for which this model has no place" for name in left.values()]
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def _canonical(name: str) -> str:
+    if re.match(r"(h\.\d+|wte|wpe|ln_f|word_embeddings|word_embeddings_layernorm)\.", name):
+        return f"transformer.{name}"
+    return name
+
+
+def _their_shape(part: Part, ours: torch.Size) -> torch.Size:
+    return part.to_theirs(part.rows_of(torch.empty(ours, device="meta"))).shape

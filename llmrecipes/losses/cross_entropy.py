@@ -19,20 +19,25 @@ class _Grads(NamedTuple):
 def _block_loss(logits: Tensor, labels: Tensor, scratch: Tensor, want_grad: bool) -> Tensor:
     """Loss sum of one block of rows; with ``want_grad`` turns ``logits`` [rows, V] into its gradient in place.
 
+    Columns beyond those of ``scratch`` only pad: they are left out, and their gradient is zero.
     log sum exp = max - log(largest probability), because the largest probability is 1 / sum exp(l - max).
     """
     targets = labels[:, None]
-    wide = logits.to(scratch.dtype)
+    real, padding = logits[:, : scratch.shape[1]], logits[:, scratch.shape[1] :]
+    wide = real.to(scratch.dtype)
     top, chosen = wide.amax(-1), wide.gather(1, targets)[:, 0]
     probs = torch.softmax(wide, -1, out=scratch[: len(wide)])
     loss = (top - chosen - probs.amax(-1).log_()).sum()
     if want_grad:
         probs.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probs.dtype))
-        logits.copy_(probs)
+        real.copy_(probs)
+        padding.zero_()
     return loss
 
 
-def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, want_grad: bool) -> tuple[Tensor, Any]:
+def _forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, vocab_size: int, want_grad: bool
+) -> tuple[Tensor, Any]:
     """Loss sum and, if wanted, the gradients of ``hidden`` (its type) and ``weight`` (fp32, fp64 for fp64)."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -40,7 +45,7 @@ def _forward(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, wa
     chunk_size = max(1, min(chunk_size, rows))
     block = max(1, min(chunk_size, BLOCK_ELEMENTS // vocab)) if hidden.device.type == "cpu" else chunk_size
     buffer = hidden.new_empty(chunk_size, vocab)
-    scratch = hidden.new_empty(block, vocab, dtype=wide)
+    scratch = hidden.new_empty(block, vocab_size, dtype=wide)
     grads = None
     if want_grad:
         grads = _Grads(torch.empty_like(hidden), torch.zeros(weight.shape, dtype=wide, device=weight.device))
@@ -63,26 +68,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, vocab_size: int, dtype: torch.dtype
     ) -> Tensor:
-        loss, grads = _forward(hidden.to(dtype), weight.to(dtype), labels, chunk_size, want_grad=True)
+        loss, grads = _forward(hidden.to(dtype), weight.to(dtype), labels, chunk_size, vocab_size, want_grad=True)
         ctx.save_for_backward(grads.hidden.to(hidden.dtype), grads.weight.to(weight.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
+        scaled = grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype)
+        return *scaled, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 1024
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 1024, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropy of ``hidden @ weight.T`` against ``labels``, and the number of labels that count.
 
     Args:
         hidden: [N, D]. weight: [V, D]. labels: [N], -100 = does not count.
         chunk_size: rows whose logits exist at one time.
+        vocab_size: rows of ``weight`` that are ids, the others only pad it; None = all.
 
     Returns:
         loss sum (scalar, fp32 or wider) and count (scalar int64, no gradient). Divide by the count of the whole step.
@@ -93,10 +100,12 @@ def linear_cross_entropy(
     count = torch.full((), len(keep), dtype=torch.int64, device=labels.device)
     if len(keep) < len(labels):
         hidden, labels = hidden.index_select(0, keep), labels.index_select(0, keep)
+    vocab_size = len(weight) if vocab_size is None else vocab_size
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, dtype), count
-        loss, _ = _forward(hidden.detach().to(dtype), weight.detach().to(dtype), labels, chunk_size, want_grad=False)
+            return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, vocab_size, dtype), count
+        wide = hidden.detach().to(dtype), weight.detach().to(dtype)
+        loss, _ = _forward(*wide, labels, chunk_size, vocab_size, want_grad=False)
         return loss, count

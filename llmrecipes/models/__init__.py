@@ -2,13 +2,15 @@
 
 from llmrecipes.models.cache import KVCache
 from llmrecipes.models.decoder import Block, Decoder, DecoderOutput
-from llmrecipes.models.generation import generate
+from llmrecipes.models.generation import Continuation, generate, generate_batch
 from llmrecipes.models.init import init_weights
 from llmrecipes.models.moe import Routing
+from llmrecipes.models.sampling import Sampling
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
 
 __all__ = [
     "Block",
+    "Continuation",
     "Decoder",
     "DecoderOutput",
     "KVCache",
@@ -16,6 +18,8 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "Routing",
+    "Sampling",
     "generate",
+    "generate_batch",
     "init_weights",
 ]

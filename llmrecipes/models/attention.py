@@ -20,12 +20,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.window = layer, config.window_of(layer)
         self.num_heads, self.kv_heads, self.width = config.num_heads, config.kv_heads, config.head_width
         self.qkv = nn.Linear(config.dim, (self.num_heads + 2 * self.kv_heads) * self.width, bias=config.qkv_bias)
-        self.out = nn.Linear(self.num_heads * self.width, config.dim, bias=config.bias)
-        self.q_norm = make_norm(config, self.width) if config.qk_norm else None
-        self.k_norm = make_norm(config, self.width) if config.qk_norm else None
+        self.out = nn.Linear(self.num_heads * self.width, config.dim, bias=config.has_out_bias)
+        self.norm_per_head = config.qk_norm_scope == "head"
+        widths = (1, 1) if self.norm_per_head else (self.num_heads, self.kv_heads)
+        self.q_norm = make_norm(config, widths[0] * self.width) if config.qk_norm else None
+        self.k_norm = make_norm(config, widths[1] * self.width) if config.qk_norm else None
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
@@ -33,54 +35,77 @@ class Attention(nn.Module):
         rows, length, _ = x.shape
         q_size, kv_size = self.num_heads * self.width, self.kv_heads * self.width
         query, key, value = self.qkv(x).split([q_size, kv_size, kv_size], dim=-1)
+        if not self.norm_per_head:
+            query, key = self._normed(query, key)
         query = query.view(rows, length, self.num_heads, self.width)
         key = key.view(rows, length, self.kv_heads, self.width)
         value = value.view(rows, length, self.kv_heads, self.width)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+        if self.norm_per_head:
+            query, key = self._normed(query, key)
         if context.cos is not None and context.sin is not None:
             query = apply_rotary(query, context.cos, context.sin)
             key = apply_rotary(key, context.cos, context.sin)
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
-        mixed = attend(query, key, value, context, self.dropout if self.training else 0.0)
+        mixed = attend(query, key, value, context, self.window, self.dropout if self.training else 0.0)
         return self.out(mixed.reshape(rows, length, q_size))
 
+    def _normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            return query, key
+        return self.q_norm(query), self.k_norm(key)
 
-def attend(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, dropout: float = 0.0) -> Tensor:
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None = None, dropout: float = 0.0
+) -> Tensor:
     """Causal attention inside each document, by the fastest kernel that fits.
 
     Args:
         query: [B, T, heads, width]. key, value: [B, S, kv_heads, width]; S > T only with a cache.
-        context: borders of the documents, ALiBi bias.
+        context: borders of the documents, ALiBi bias, mask of the sliding window.
+        window: tokens that a token sees, itself included; None = all before it.
         dropout: probability of dropping an attention weight.
 
     Returns:
         [B, T, heads, width].
     """
     if context.lengths is None:
-        return _attend_rows(query, key, value, context.bias, dropout)
-    return _attend_documents(query, key, value, context, dropout)
+        return _attend_rows(query, key, value, _mask(context, window), dropout)
+    return _attend_documents(query, key, value, context, window, dropout)
+
+
+def _mask(context: SequenceContext, window: int | None) -> Tensor | None:
+    """Of the longest document, [..., queries, keys]: bias added to the scores, or True where a key is seen."""
+    seen = context.visible
+    if window is not None and context.window is not None:
+        seen = context.window if seen is None else context.window & seen
+    if context.bias is None or seen is None:
+        return seen if context.bias is None else context.bias
+    return context.bias.masked_fill(~seen, -torch.inf)
 
 
 @torch.compiler.disable  # the borders change with every batch; compiled code would be rebuilt for each
-def _attend_documents(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, dropout: float) -> Tensor:
+def _attend_documents(
+    query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None, dropout: float
+) -> Tensor:
     assert context.lengths is not None
     varlen = context.cu_seqlens is not None and query.dtype in (torch.bfloat16, torch.float16)
     if varlen and context.bias is None and dropout == 0.0:
-        return _attend_varlen(query, key, value, context)
+        return _attend_varlen(query, key, value, context, window)
     # One call per document costs far less than one call with a [T, T] mask, and the borders are known on the host.
+    mask = _mask(context, window)
     flat = [x.flatten(0, 1).unsqueeze(0).split(context.lengths, dim=1) for x in (query, key, value)]
-    mixed = [_attend_rows(q, k, v, context.bias, dropout) for q, k, v in zip(*flat, strict=True)]
+    mixed = [_attend_rows(q, k, v, mask, dropout) for q, k, v in zip(*flat, strict=True)]
     return torch.cat(mixed, dim=1).view(query.shape)
 
 
-def _attend_rows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Attention over rows that are one document each; the last query sits on the last key."""
     queries, keys = query.shape[1], key.shape[1]
-    mask = None
-    if bias is not None:
-        mask = bias[:, :queries, :keys].to(query.dtype)
+    if mask is not None:
+        mask = mask[..., :queries, :keys]
+        mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
     elif 1 < queries < keys:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     mixed = F.scaled_dot_product_attention(
@@ -95,7 +120,7 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
     return mixed.transpose(1, 2)
 
 
-def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext) -> Tensor:
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None) -> Tensor:
     """All documents in one launch of FlashAttention (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -109,7 +134,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: SequenceC
         context.cu_seqlens,
         longest,
         longest,
-        window_size=(-1, 0),  # nothing to the right: causal
+        window_size=(-1 if window is None else window - 1, 0),  # nothing to the right: causal
         enable_gqa=query.shape[2] != key.shape[2],
     )
     assert isinstance(mixed, Tensor)

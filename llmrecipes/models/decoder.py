@@ -62,7 +62,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed = nn.Embedding(config.vocab_rows, config.dim)
         self.embed_norm = make_norm(config, config.dim) if config.embedding_norm else None
         self.position_embed: nn.Embedding | None = None
         if config.positions == "learned":
@@ -70,18 +70,18 @@ class Decoder(nn.Module):
             self.position_embed = nn.Embedding(config.max_seq_len, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.dim)
-        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_rows, bias=False)
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """Rows of the output layer, [vocab, dim]: the embedding itself when tied."""
+        """Rows of the output layer, [vocab_rows, dim], padding included: the embedding itself when tied."""
         weight = self.embed.weight if self.head is None else self.head.weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token, [..., vocab], for ``hidden`` [..., dim]."""
-        return F.linear(hidden, self.head_weight)
+        """Scores of the next token, [..., vocab_size], for ``hidden`` [..., dim]: padded rows have none."""
+        return F.linear(hidden, self.head_weight)[..., : self.config.vocab_size]
 
     def _embed(self, tokens: Tensor, context: SequenceContext) -> Tensor:
         x = self.embed(tokens)
@@ -90,7 +90,9 @@ class Decoder(nn.Module):
         if self.position_embed is not None:
             longest = self.position_embed.num_embeddings
             last = max(context.lengths) if context.lengths else context.positions.shape[1]
-            last += context.cache.length if context.cache is not None else 0
+            if context.cache is not None:
+                last += context.cache.length
+                last -= 0 if context.cache.padding is None else int(context.cache.padding.min())
             assert last <= longest, f"a document of {last} tokens, but positions are learned for {longest} only"
             x = x + self.position_embed(context.positions)
         if self.embed_norm is not None:

@@ -1,4 +1,4 @@
-"""Rotary positions (2104.09864), in the rotate-half layout of Hugging Face, with Llama-3.1's frequency scaling."""
+"""Rotary positions (2104.09864), in the rotate-half layout of Hugging Face, with scaling of the frequencies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ def inverse_frequencies(
     """Angle per position of each pair of features: ``theta ** (-2 i / width)``, [width / 2].
 
     Computed where it is used and never held by a module, so that ``.bfloat16()`` cannot round it.
-    With ``scaling``, wavelengths longer than ``original_max_seq_len / low_freq_factor`` are stretched by ``factor``,
-    those shorter than ``original_max_seq_len / high_freq_factor`` stay, and those between are blended (Llama 3.1).
+    With ``scaling`` of kind ``llama3``, wavelengths longer than ``original_max_seq_len / low_freq_factor`` are
+    stretched by ``factor``, those shorter than ``original_max_seq_len / high_freq_factor`` stay, and those between are
+    blended (Llama 3.1); ``linear`` stretches all of them.
     """
     exponent = torch.arange(0, width, 2, dtype=torch.int64, device=device).to(dtype) / width
     inverse = 1.0 / (theta**exponent)
     if scaling is None:
         return inverse
+    if scaling.kind == "linear":
+        return inverse / scaling.factor
     wavelength = 2 * math.pi / inverse
     span = scaling.high_freq_factor - scaling.low_freq_factor
     smooth = (scaling.original_max_seq_len / wavelength - scaling.low_freq_factor) / span

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmrecipes.checkpoint import load_initial
 from llmrecipes.data.batch import Batch
 from llmrecipes.distributed import all_reduce_sum
 from llmrecipes.errors import UserError
@@ -31,6 +33,8 @@ class PretrainModule(StepModule):
         expected_params: refuse to start when the model has another number of parameters; a forgotten size is a lost
             month.
         loss_chunk: rows of the logits that exist at a time.
+        init_from: folder or checkpoint whose weights the run begins with, of ``convert from-hf``, ``upcycle``,
+            ``consolidate`` or another run; ``null`` = drawn from the seed.
         seed: of the initial weights and of dropout; linked to the recipe's ``seed``.
     """
 
@@ -42,11 +46,13 @@ class PretrainModule(StepModule):
         clip_norm: float | None = 1.0,
         expected_params: int | None = None,
         loss_chunk: int = 1024,
+        init_from: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, schedule, clip_norm, seed)
         self.config = config
         self.loss_chunk = loss_chunk
+        self.init_from = init_from
         if expected_params is not None and config.num_params != expected_params:
             raise UserError(f"the model has {config.num_params:,} parameters, expected_params says {expected_params:,}")
         self._routing: StepRouting | None = None
@@ -55,7 +61,10 @@ class PretrainModule(StepModule):
         return Decoder(self.config)
 
     def init_model(self) -> None:
-        init_weights(self.model, self.seed)
+        if self.init_from is None:
+            init_weights(self.model, self.seed)
+        else:
+            load_initial(Path(self.init_from), self.model)
 
     def _forward(self, batch: Batch) -> DecoderOutput:
         return self.model(batch.tokens, document_lengths=batch.document_lengths, token_mask=batch.token_mask)
@@ -63,7 +72,11 @@ class PretrainModule(StepModule):
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         output = self._forward(batch)
         loss, _ = linear_cross_entropy(
-            output.hidden.flatten(0, 1), self.model.head_weight, batch.labels.flatten(), self.loss_chunk
+            output.hidden.flatten(0, 1),
+            self.model.head_weight,
+            batch.labels.flatten(),
+            self.loss_chunk,
+            self.config.vocab_size,
         )
         terms = {"loss": LossTerm(loss, "targets")}
         if output.routing and self.training:

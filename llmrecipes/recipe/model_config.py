@@ -11,6 +11,8 @@ Positions = Literal["rope", "alibi", "learned", "none"]
 Activation = Literal["swiglu", "gelu", "gelu_tanh"]
 Balance = Literal["loss", "bias", "none"]
 Score = Literal["softmax", "sigmoid"]
+QKNormScope = Literal["head", "all"]
+RopeScalingKind = Literal["llama3", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,15 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama-3.1's stretching of the rotary frequencies to longer contexts."""
+    """Stretching of the rotary frequencies to longer contexts.
 
+    Args:
+        kind: ``llama3`` (Llama 3.1) stretches long wavelengths only, ``linear`` all of them (2306.15595).
+        factor: by how much.
+        low_freq_factor, high_freq_factor, original_max_seq_len: where ``llama3`` begins and ends to stretch.
+    """
+
+    kind: RopeScalingKind = "llama3"
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -63,7 +72,8 @@ class ModelConfig:
     """One configurable decoder: Llama, Qwen, Mixtral, GPT-2 and BLOOM are points in this space.
 
     Args:
-        vocab_size: rows of the embedding.
+        vocab_size: ids that exist. vocab_multiple: rows of embedding and head are padded to a multiple of this, for
+            speed; padded rows take no part in logits and loss, and are stripped on export.
         dim: width of the residual stream.
         num_layers: number of blocks.
         num_heads: query heads.
@@ -73,19 +83,24 @@ class ModelConfig:
         norm: RMSNorm or LayerNorm. norm_eps: its epsilon.
         activation: ``swiglu`` has gate, up and down; ``gelu`` (exact) and ``gelu_tanh`` have up and down.
         positions: rotary, ALiBi, learned or none.
-        rope_theta: base of the rotary frequencies. rope_scaling: Llama-3.1's, or ``null``.
+        rope_theta: base of the rotary frequencies. rope_scaling: their stretching, or ``null``.
+        sliding_window: tokens that a token sees, itself included; ``null`` = all before it.
+        window_layers: layers with that window, counted from 0; ``null`` = all.
         max_seq_len: rows of the position table; needed by ``learned`` only.
-        qkv_bias: bias on the query, key and value projections (Qwen). bias: on all other linear maps (GPT-2, BLOOM).
-        qk_norm: normalise queries and keys per head (Qwen3).
+        qkv_bias: bias on the query, key and value projections (Qwen). bias: on all other linear maps but experts
+            (GPT-2, BLOOM). out_bias: on attention's output projection; ``null`` = as ``bias``.
+        qk_norm: normalise queries and keys. qk_norm_scope: each head (Qwen3), or all heads together (OLMoE).
         tie_embeddings: the head is the embedding.
         embedding_norm: a norm right after the embedding (BLOOM).
         moe: the experts, or ``null`` for a dense model. moe_every: layer i has experts when (i + 1) % moe_every == 0.
+        dense_layers: layers without experts all the same, counted from 0.
         dropout: probability, on the embedding, the attention weights and each residual branch.
         init_std: standard deviation of the initial matrices; ``null`` = sqrt(2 / (5 dim)) (1910.05895). Maps into the
             residual stream have it divided by sqrt(2 num_layers), embeddings and head at most 0.02.
     """
 
     vocab_size: int
+    vocab_multiple: int = 1
     dim: int
     num_layers: int
     num_heads: int
@@ -98,14 +113,19 @@ class ModelConfig:
     positions: Positions = "rope"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    window_layers: list[int] | None = None
     max_seq_len: int | None = None
     qkv_bias: bool = False
     bias: bool = False
+    out_bias: bool | None = None
     qk_norm: bool = False
+    qk_norm_scope: QKNormScope = "head"
     tie_embeddings: bool = False
     embedding_norm: bool = False
     moe: MoEConfig | None = None
     moe_every: int = 1
+    dense_layers: list[int] | None = None
     dropout: float = 0.0
     init_std: float | None = None
 
@@ -127,6 +147,18 @@ class ModelConfig:
             found.append("ffn_dim is missing: there are layers without experts")
         if self.positions == "learned" and self.max_seq_len is None:
             found.append("max_seq_len is missing: learned positions need the length of their table")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            found.append(f"sliding_window {self.sliding_window} is less than 1")
+        if self.window_layers is not None and self.sliding_window is None:
+            found.append("window_layers has no effect without sliding_window")
+        if self.dense_layers and self.moe is None:
+            found.append("dense_layers has no effect without moe")
+        for name in ("window_layers", "dense_layers"):
+            outside = [layer for layer in getattr(self, name) or [] if not 0 <= layer < self.num_layers]
+            if outside:
+                found.append(f"{name} {outside[0]} is not one of the layers 0 to {self.num_layers - 1}")
+        if self.vocab_multiple < 1:
+            found.append(f"vocab_multiple {self.vocab_multiple} is less than 1")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout {self.dropout} is not in [0, 1)")
         return found
@@ -153,7 +185,22 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block ``layer`` (from 0) holds experts."""
-        return self.moe is not None and (layer + 1) % self.moe_every == 0
+        listed = self.dense_layers or []
+        return self.moe is not None and (layer + 1) % self.moe_every == 0 and layer not in listed
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a token of block ``layer`` sees, itself included; None = all before it."""
+        return self.sliding_window if self.window_layers is None or layer in self.window_layers else None
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head, padding included."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def has_out_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return self.bias if self.out_bias is None else self.out_bias
 
     @property
     def num_moe_layers(self) -> int:
@@ -166,8 +213,11 @@ class ModelConfig:
     def _attention_params(self) -> int:
         q, kv, d = self.num_heads * self.head_width, self.kv_heads * self.head_width, self.dim
         weights = d * (q + 2 * kv) + q * d
-        biases = (q + 2 * kv if self.qkv_bias else 0) + (d if self.bias else 0)
-        return weights + biases + (2 * self._norm_params(self.head_width) if self.qk_norm else 0)
+        biases = (q + 2 * kv if self.qkv_bias else 0) + (d if self.has_out_bias else 0)
+        if not self.qk_norm:
+            return weights + biases
+        widths = (self.head_width, self.head_width) if self.qk_norm_scope == "head" else (q, kv)
+        return weights + biases + sum(map(self._norm_params, widths))
 
     def _ffn_params(self, ffn_dim: int, bias: bool) -> int:
         maps_in = 2 if self.activation == "swiglu" else 1
@@ -175,7 +225,7 @@ class ModelConfig:
 
     def _count(self, experts_per_layer: int) -> int:
         d = self.dim
-        embedding = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        embedding = self.vocab_rows * d * (1 if self.tie_embeddings else 2)
         if self.positions == "learned":
             embedding += (self.max_seq_len or 0) * d
         if self.embedding_norm:
@@ -206,7 +256,7 @@ class ModelConfig:
         Attention: 2 products x 2 FLOPs x seq_len / 2 keys on average x width, forward once and backward twice
         = 6 * layers * seq_len * width. Recomputation is not counted: this is the model's work (MFU, 2204.02311).
         """
-        lookup = self.vocab_size * self.dim if not self.tie_embeddings else 0
+        lookup = self.vocab_rows * self.dim if not self.tie_embeddings else 0
         if self.positions == "learned":
             lookup += (self.max_seq_len or 0) * self.dim
         width = self.num_heads * self.head_width

@@ -44,8 +44,12 @@ _RESUMES = "fit resumes from where it saves, run_root/name: write resume: auto, 
 # Keys of other tools, and what stands for them here.
 ADVICE = {
     **dict.fromkeys(
-        ("ckpt_path", "load", "save", "load_dir", "save_dir", "init_from", "resume_from", "resume_from_checkpoint"),
+        ("ckpt_path", "load", "save", "load_dir", "save_dir", "resume_from", "resume_from_checkpoint"),
         _RESUMES,
+    ),
+    **dict.fromkeys(
+        ("init_from", "from_pretrained", "pretrained", "model_name_or_path"),
+        "weights to begin with are model.init_args.init_from: a folder of convert from-hf, or another run",
     ),
     "seed_everything": "write seed",
     "optimizer": "write it under model.init_args",

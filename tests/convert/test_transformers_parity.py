@@ -1,75 +1,22 @@
-"""Llama, Qwen2 and Mixtral against transformers: configuration, weights and logits, on random small shapes."""
+"""Every family against transformers: configuration, weights and logits, on random small shapes."""
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
+from torch.nn import functional as F
 
-from llmrecipes.convert import config_from_hf, config_to_hf, from_hf_state_dict, to_hf_state_dict
+from llmrecipes.convert import config_from_hf, config_to_hf, from_hf_state_dict, hf_family, to_hf_state_dict
 from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder, init_weights
+from llmrecipes.models.attention import Attention
+from llmrecipes.models.mlp import MLP
 from llmrecipes.models.moe import Router
 
 transformers = pytest.importorskip("transformers")
+from hf_models import FAMILIES, LENGTH, PER_FAMILY, peer, random_config, tokens_for  # noqa: E402
+
 pytestmark = pytest.mark.oracle
-
-FAMILIES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
-}
-PER_FAMILY = 8
-
-
-def random_hf_config(family, index):
-    draw = random.Random(f"{family}-{index}")
-    kv_heads = draw.choice([1, 2, 4])
-    heads = kv_heads * draw.choice([1, 2, 3])
-    width = draw.choice([8, 16, 32])
-    options = {
-        "vocab_size": draw.choice([97, 128, 301]),
-        "hidden_size": heads * width,
-        "intermediate_size": draw.choice([48, 80, 132]),
-        "num_hidden_layers": draw.choice([1, 2, 3]),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": draw.choice([1e-5, 1e-6]),
-        "tie_word_embeddings": index % 3 == 1,
-        "initializer_range": 0.05,
-        "attn_implementation": ["eager", "sdpa"][index % 2],
-        "rope_parameters": {"rope_type": "default", "rope_theta": draw.choice([1e4, 1e6])},
-    }
-    if family == "llama" and index % 4 == 2:
-        options["head_dim"] = 24
-    if family == "llama" and index % 2 == 1:
-        options["rope_parameters"] |= {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    if family == "llama" and index == 5:
-        options |= {"attention_bias": True, "mlp_bias": True}
-    if family == "mixtral":
-        options |= {
-            "num_local_experts": draw.choice([3, 4, 8]),
-            "num_experts_per_tok": 1 + index % 3,
-            "sliding_window": None,
-        }
-    return FAMILIES[family][0](**options)
-
-
-def peer(family, index):
-    torch.manual_seed(index)
-    model = FAMILIES[family][1](random_hf_config(family, index)).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # norms and biases start at one and zero, which would hide a wrong mapping
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
-    return model
 
 
 def ours_from(model):
@@ -79,22 +26,24 @@ def ours_from(model):
     return decoder
 
 
-def difference(decoder, model, length=48):
-    tokens = torch.randint(0, decoder.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+def difference(decoder, model, length=LENGTH):
+    tokens = tokens_for(decoder, length)
     with torch.no_grad():
         return (decoder.logits(decoder(tokens).hidden) - model(tokens).logits).abs().max().item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family):
-    seen = set()
+    seen, windows = set(), 0
     for index in range(PER_FAMILY):
         model = peer(family, index)
         decoder = ours_from(model)
         assert decoder.config.num_params == sum(p.numel() for p in model.parameters())
         assert difference(decoder, model) < 1e-5, model.config
         seen.add(str(decoder.config))
+        windows += decoder.config.sliding_window is not None
     assert len(seen) == PER_FAMILY
+    assert (windows > 0) == (family in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,81 +65,291 @@ def test_weights_round_trip_bit_for_bit(family):
 def test_transformers_reads_what_we_write(family, tmp_path):
     from safetensors.torch import save_file
 
-    source = config_from_hf(random_hf_config(family, 1).to_dict())
+    for index in range(PER_FAMILY):
+        source = config_from_hf(random_config(family, index).to_dict())
+        assert config_from_hf(config_to_hf(source)) == source
     decoder = Decoder(source)
     init_weights(decoder, 3)
-    FAMILIES[family][0](**config_to_hf(source)).save_pretrained(tmp_path)
+    FAMILIES[family](**config_to_hf(source)).save_pretrained(tmp_path)
     save_file(to_hf_state_dict(source, decoder.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
-    model, report = FAMILIES[family][1].from_pretrained(tmp_path, output_loading_info=True)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert config_from_hf(model.config.to_dict()) == source
     assert difference(decoder.eval(), model.eval()) < 1e-5
     model.save_pretrained(tmp_path / "again")
     from safetensors.torch import load_file
 
-    files = load_file(tmp_path / "again" / "model.safetensors")
-    ours = from_hf_state_dict(source, files)
+    ours = from_hf_state_dict(source, load_file(tmp_path / "again" / "model.safetensors"))
     assert all(torch.equal(tensor, decoder.state_dict()[name]) for name, tensor in ours.items())
 
 
-def test_mutant_interleaved_rotary_fails():
-    model = peer("llama", 0)
-    decoder = ours_from(model)
+def of(decoder, kind):
+    found = [module for module in decoder.modules() if isinstance(module, kind)]
+    assert found
+    return found
+
+
+def interleave_rotary(decoder):
+    """The layout of Meta's own files, before Hugging Face's permutation."""
     width = decoder.config.head_width
-    interleave = torch.arange(width).view(2, -1).t().reshape(-1)
-    state = decoder.state_dict()
-    for name, tensor in state.items():
-        if name.endswith("qkv.weight"):
-            q_and_k = (decoder.config.num_heads + decoder.config.kv_heads) * width
-            heads = tensor[:q_and_k].view(-1, width, tensor.shape[1])
-            state[name] = torch.cat((heads[:, interleave].flatten(0, 1), tensor[q_and_k:]))
-    decoder.load_state_dict(state)
-    assert difference(decoder, model) > 1e-3
+    order = torch.arange(width).view(2, -1).t().reshape(-1)
+    for attention in of(decoder, Attention):
+        q_and_k = (decoder.config.num_heads + decoder.config.kv_heads) * width
+        heads = attention.qkv.weight[:q_and_k].view(-1, width, decoder.config.dim)
+        attention.qkv.weight[:q_and_k] = heads[:, order].flatten(0, 1).clone()
 
 
-def test_mutant_without_renormalisation_fails():
-    model = peer("mixtral", 1)
+def window_one_wider(decoder):
+    object.__setattr__(decoder.config, "sliding_window", decoder.config.sliding_window + 1)
+
+
+def windows_everywhere(decoder):
+    for attention in of(decoder, Attention):
+        attention.window = decoder.config.sliding_window
+
+
+def no_query_norm(decoder):
+    for attention in of(decoder, Attention):
+        attention.q_norm.weight.fill_(1.0)
+
+
+def other_gelu(decoder):
+    for mlp in of(decoder, MLP):
+        mlp.kind = "gelu" if mlp.kind == "gelu_tanh" else "gelu_tanh"
+
+
+def heads_not_together(decoder):
+    """As if BLOOM's rows were all queries, then all keys, then all values."""
+    heads, width = decoder.config.num_heads, decoder.config.head_width
+    for attention in of(decoder, Attention):
+        rows = attention.qkv.weight.view(3, heads, width, -1).transpose(0, 1).flatten(0, 2).clone()
+        attention.qkv.weight.copy_(rows)
+
+
+def other_renormalisation(decoder):
+    for router in of(decoder, Router):
+        router.renormalize = not router.renormalize
+
+
+QWEN2_MIXED = next(i for i in range(PER_FAMILY) if len(set(random_config("qwen2", i).layer_types)) == 2)
+MUTANTS = [
+    ("llama", 0, interleave_rotary),
+    ("mistral", 1, window_one_wider),
+    ("qwen2", QWEN2_MIXED, windows_everywhere),
+    ("qwen3", 1, no_query_norm),
+    ("gpt2", 0, other_gelu),
+    ("bloom", 0, heads_not_together),
+    ("mixtral", 1, other_renormalisation),
+    ("mixtral", 1, window_one_wider),
+    ("olmoe", 1, other_renormalisation),
+    ("olmoe", 0, no_query_norm),
+    ("qwen3_moe", 0, other_renormalisation),
+]
+
+
+@pytest.mark.parametrize(("family", "index", "mutate"), MUTANTS, ids=[f"{f}-{m.__name__}" for f, _, m in MUTANTS])
+def test_mutants_fail(family, index, mutate):
+    assert {f for f, _, _ in MUTANTS} == FAMILIES.keys()
+    model = peer(family, index)
     decoder = ours_from(model)
     assert difference(decoder, model) < 1e-5
-    for module in decoder.modules():
-        if isinstance(module, Router):
-            module.renormalize = False
-    assert difference(decoder, model) > 1e-3
+    with torch.no_grad():
+        mutate(decoder)
+    assert difference(decoder, model) > 2e-5
 
 
-def test_configurations_of_released_models():
-    llama2 = {
-        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096, "hidden_act": "silu", "rope_scaling": None,
+def qwen1_files(decoder):
+    """The decoder's weights as files of Qwen-1 name them, written down by hand."""
+    ours, ffn = decoder.state_dict(), decoder.config.ffn_dim
+    files = {
+        "transformer.wte.weight": ours["embed.weight"],
+        "transformer.ln_f.weight": ours["norm.weight"],
+        "lm_head.weight": ours["head.weight"],
+    }
+    for i in range(decoder.config.num_layers):
+        us, them = f"layers.{i}", f"transformer.h.{i}"
+        files |= {
+            f"{them}.ln_1.weight": ours[f"{us}.attention_norm.weight"],
+            f"{them}.ln_2.weight": ours[f"{us}.mlp_norm.weight"],
+            f"{them}.attn.c_attn.weight": ours[f"{us}.attention.qkv.weight"],
+            f"{them}.attn.c_attn.bias": ours[f"{us}.attention.qkv.bias"],
+            f"{them}.attn.c_proj.weight": ours[f"{us}.attention.out.weight"],
+            f"{them}.mlp.w2.weight": ours[f"{us}.mlp.gate_up.weight"][:ffn],
+            f"{them}.mlp.w1.weight": ours[f"{us}.mlp.gate_up.weight"][ffn:],
+            f"{them}.mlp.c_proj.weight": ours[f"{us}.mlp.down.weight"],
+        }
+    return files
+
+
+def qwen1_reference(files, tokens, heads, eps=1e-6, theta=1e4):
+    """Qwen-1 as its published code computes it: x + attn(ln_1 x), then x + c_proj(w1 h * silu(w2 h))."""
+
+    def norm(x, weight):
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+    x = files["transformer.wte.weight"][tokens]
+    rows, length, dim = x.shape
+    width = dim // heads
+    angles = torch.arange(length).float()[:, None] / theta ** (torch.arange(0, width, 2).float() / width)
+    angles = torch.cat((angles, angles), -1)
+
+    def turn(x):
+        first, second = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+
+    blocked = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for i in range(sum(name.endswith("ln_1.weight") for name in files)):
+        w = {k.removeprefix(f"transformer.h.{i}."): v for k, v in files.items() if k.startswith(f"transformer.h.{i}.")}
+        mixed = norm(x, w["ln_1.weight"]) @ w["attn.c_attn.weight"].t() + w["attn.c_attn.bias"]
+        q, k, v = (part.view(rows, length, heads, width).transpose(1, 2) for part in mixed.split(dim, -1))
+        scores = (turn(q) @ turn(k).transpose(-1, -2) / width**0.5).masked_fill(blocked, -torch.inf)
+        seen = (scores.softmax(-1) @ v).transpose(1, 2).reshape(rows, length, dim)
+        x = x + seen @ w["attn.c_proj.weight"].t()
+        h = norm(x, w["ln_2.weight"])
+        gated = (h @ w["mlp.w1.weight"].t()) * F.silu(h @ w["mlp.w2.weight"].t())
+        x = x + gated @ w["mlp.c_proj.weight"].t()
+    return norm(x, files["transformer.ln_f.weight"]) @ files["lm_head.weight"].t()
+
+
+QWEN1 = {
+    "model_type": "qwen", "architectures": ["QWenLMHeadModel"],
+    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}, "tokenizer_type": "QWenTokenizer",
+    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 160,
+    "kv_channels": 12, "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 64,
+    "max_position_embeddings": 8192, "no_bias": True, "use_dynamic_ntk": True, "use_logn_attn": True,
+    "use_flash_attn": "auto", "attn_dropout_prob": 0.0, "emb_dropout_prob": 0.0, "tie_word_embeddings": False,
+    "scale_attn_weights": True, "initializer_range": 0.05, "bf16": True, "onnx_safe": None,
+}  # fmt: skip
+
+
+def test_qwen1_equals_its_published_formula_and_the_qwen2_of_transformers():
+    config = config_from_hf(QWEN1)
+    assert (config.ffn_dim, config.max_seq_len, hf_family(config)) == (80, 64, "qwen2")
+    decoder = Decoder(config).eval()
+    init_weights(decoder, 5)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_("norm" in name, 0.2)
+    files = qwen1_files(decoder)
+    again = from_hf_state_dict(config, files, "qwen")
+    assert all(torch.equal(again[name], tensor) for name, tensor in decoder.state_dict().items())
+    tokens = tokens_for(config)
+    with torch.no_grad():
+        ours = decoder.logits(decoder(tokens).hidden)
+        assert (qwen1_reference(files, tokens, 4) - ours).abs().max() < 1e-5
+        for i in range(2):  # the mutant: w1 taken for the gate
+            one, two = f"transformer.h.{i}.mlp.w1.weight", f"transformer.h.{i}.mlp.w2.weight"
+            files[one], files[two] = files[two], files[one]
+        assert (qwen1_reference(files, tokens, 4) - ours).abs().max() > 1e-3
+    twin = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config_to_hf(config))).eval()
+    twin.load_state_dict(to_hf_state_dict(config, decoder.state_dict()))
+    assert difference(decoder, twin) < 1e-5
+
+
+def test_rotary_frequencies_stay_in_fp32_where_all_else_is_bf16():
+    """`.bfloat16()` rounds the frequencies of transformers' modules; ours are computed where they are used."""
+    model = peer("llama", 0)
+    decoder = ours_from(model)
+    rounded = {n: t.bfloat16().float() for n, t in decoder.state_dict().items()}
+    exact = Decoder(decoder.config).eval()
+    exact.load_state_dict(rounded)
+    tokens = tokens_for(decoder, 120)
+    with torch.no_grad():
+        half = decoder.bfloat16()(tokens).hidden.float()
+        assert (half - exact(tokens).hidden).abs().max() < 0.1
+
+
+LLAMA2_7B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096, "hidden_act": "silu", "rope_scaling": None,
+}  # fmt: skip
+QWEN_7B = QWEN1 | {
+    "vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "intermediate_size": 22016, "kv_channels": 128, "seq_length": 2048,
+}  # fmt: skip
+MIXTRAL_8X7B = LLAMA2_7B | {
+    "model_type": "mixtral", "intermediate_size": 14336, "num_key_value_heads": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "sliding_window": None,
+}  # fmt: skip
+SYSTEM0 = MIXTRAL_8X7B | {
+    "vocab_size": 56320, "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 40,
+    "num_key_value_heads": 32, "rope_theta": 5e5,
+}  # fmt: skip
+BLOOM_176B = {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 14336, "n_layer": 70, "n_head": 112}
+TANUKI_8B = LLAMA2_7B | {"vocab_size": 65024, "intermediate_size": 14336, "num_key_value_heads": 8}
+RTX3090 = LLAMA2_7B | {
+    "vocab_size": 65024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+COUNTS = {
+    "llama2-7B": (LLAMA2_7B, 6_738_415_616),
+    "Tanuki-8B": (TANUKI_8B, 7_512_264_704),
+    "Mixtral-8x7B": (MIXTRAL_8X7B, 46_702_792_704),
+    "S0 dMoE": (SYSTEM0, 8_955_660_288),
+    "BLOOM": (BLOOM_176B, 176_247_271_424),
+    "Qwen-7B": (QWEN_7B, 7_721_324_544),
+    "RTX3090 test": (RTX3090, 41_685_248),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_of_known_models(name):
+    """By arithmetic, and by counting a decoder without memory."""
+    hf, expected = COUNTS[name]
+    config = config_from_hf(hf)
+    assert config.num_params == expected
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Decoder(config).parameters()) == expected
+
+
+def test_active_parameters_and_defaults():
+    assert config_from_hf(SYSTEM0).active_params == 2_915_862_528
+    assert config_from_hf(MIXTRAL_8X7B).rope_theta == 1e6
+    scaling = {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
     }  # fmt: skip
-    assert config_from_hf(llama2).num_params == 6_738_415_616
-    llama31 = llama2 | {
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192, "rope_type": "llama3",
-        },
-    }  # fmt: skip
-    config = config_from_hf(llama31)
+    config = config_from_hf(LLAMA2_7B | {"rope_theta": 500000.0, "rope_scaling": scaling})
     assert config.rope_theta == 500000.0 and config.rope_scaling is not None and config.rope_scaling.factor == 8.0
-    mixtral = llama2 | {
-        "model_type": "mixtral", "intermediate_size": 14336, "num_key_value_heads": 8, "num_local_experts": 8,
-        "num_experts_per_tok": 2, "sliding_window": None,
-    }  # fmt: skip
-    assert config_from_hf(mixtral).num_params == 46_702_792_704
-    assert config_from_hf(mixtral).rope_theta == 1e6
 
 
-def test_what_is_not_supported_is_refused_by_name():
-    hf = random_hf_config("llama", 0).to_dict()
-    hf |= {"hidden_act": "gelu", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}
+REFUSED = [
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'yarn'"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type 'dynamic'"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ("llama", {"sliding_window": 16}, "sliding_window 16: not understood"),
+    ("llama", {"attention_dropout": 0.1}, "attention_dropout 0.1"),
+    ("llama", {"logit_scale": 0.5}, "logit_scale 0.5: not understood"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers 0"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
+    ("mixtral", {"num_experts_per_tok": 99}, "num_experts_per_tok 99"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function 'relu'"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("gpt2", {"attn_pdrop": 0.3}, "resid_pdrop, embd_pdrop, attn_pdrop differ"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+    ("qwen3", {"layer_types": ["chunked_attention"], "use_sliding_window": True}, "layer_types"),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size 64: not understood"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "problem"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_is_not_supported_is_refused_by_name(family, change, problem):
+    hf = random_config(family, 0).to_dict()
+    config_from_hf(hf)
     with pytest.raises(UserError) as caught:
-        config_from_hf(hf)
-    assert len(caught.value.problems) == 2
-    with pytest.raises(UserError, match="model_type 'gpt2'"):
-        config_from_hf({"model_type": "gpt2"})
-    config = config_from_hf(random_hf_config("mixtral", 0).to_dict())
+        config_from_hf(hf | change)
+    assert any(p.startswith(f"config.json: {problem}") for p in caught.value.problems), caught.value.problems
+
+
+def test_other_families_and_misfitting_files_are_refused():
+    with pytest.raises(UserError, match="model_type 't5' is not supported: use one of llama, "):
+        config_from_hf({"model_type": "t5"})
+    config = config_from_hf(random_config("mixtral", 0).to_dict())
     state = Decoder(config).state_dict()
     state["layers.0.mlp.gate.bias"][0] = 1.0
     with pytest.raises(UserError, match="balancing bias"):
@@ -200,3 +359,17 @@ def test_what_is_not_supported_is_refused_by_name():
     with pytest.raises(UserError) as caught:
         from_hf_state_dict(config, theirs)
     assert [p.split()[2:4] for p in caught.value.problems] == [["lacks", "model.norm.weight"], ["holds", "surprise,"]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_names_of_the_first_releases(family):
+    """Without the prefix, with the causal mask saved beside the weights: as GPT-2 and BLOOM lie on the hub."""
+    model = peer(family, 1)  # with a tied head
+    config = config_from_hf(model.config.to_dict())
+    files = {n.removeprefix("transformer."): t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    if family == "gpt2":
+        files["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        files["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    old, new = from_hf_state_dict(config, files), from_hf_state_dict(config, model.state_dict())
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in new)

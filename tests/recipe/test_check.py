@@ -60,7 +60,7 @@ def test_the_lost_week_is_refused(problems_of):
     assert problems_of(changes[0], ("decay: null", "decay: 175000 steps")) == []
 
 
-@pytest.mark.parametrize("key", ["load", "save", "load_dir", "ckpt_path", "init_from"])
+@pytest.mark.parametrize("key", ["load", "save", "load_dir", "ckpt_path", "resume_from"])
 def test_a_load_folder_apart_from_the_save_folder_cannot_be_written(problems_of, key):
     """The other half of the lost week: load `Llama-3-8b/tp-pp`, save `Llama-3-8/...`: every restart began at zero."""
     (found,) = problems_of(("seed: 42", f"{key}: checkpoints/Llama-3-8b/tp-pp"))

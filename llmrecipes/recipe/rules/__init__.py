@@ -5,6 +5,7 @@ Each rule passes over values that are missing or of a wrong type; those are repo
 
 from llmrecipes.recipe.rules.batch import batch_problems
 from llmrecipes.recipe.rules.facts import Facts, Finding
+from llmrecipes.recipe.rules.initial import initial_problems
 from llmrecipes.recipe.rules.model import model_problems
 from llmrecipes.recipe.rules.schedule import schedule_problems
 from llmrecipes.recipe.rules.shards import shard_problems
@@ -14,6 +15,6 @@ from llmrecipes.recipe.rules.trainer import trainer_problems
 
 # Rules that look at the recipe only, and those that also look at files.
 RULES = (trainer_problems, batch_problems, schedule_problems, model_problems, strategy_problems, stability_problems)
-FILE_RULES = (shard_problems,)
+FILE_RULES = (shard_problems, initial_problems)
 
 __all__ = ["FILE_RULES", "RULES", "Facts", "Finding"]

@@ -20,6 +20,8 @@ _SIZES = (
     "ffn_dim",
     "max_seq_len",
     "moe_every",
+    "vocab_multiple",
+    "sliding_window",
 )
 _MOE_SIZES = ("num_experts", "ffn_dim", "top_k")
 # More layers than this is a slip of the finger, and counting them one by one would take for ever.

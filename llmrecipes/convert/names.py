@@ -1,0 +1,207 @@
+"""Which tensor of a Hugging Face checkpoint is which part of ours: one list of parts for every family.
+
+Ours are fused where a fused product is faster (query, key and value; gate and up) and stacked over experts; theirs are
+separate, or laid out differently. A :class:`Part` says which rows of ours one of theirs is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmrecipes.convert.families import hf_family
+from llmrecipes.models import Decoder
+from llmrecipes.recipe.model_config import ModelConfig
+
+Layout = Literal["same", "transposed", "by_head"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of their tensors.
+
+    Attributes:
+        theirs: its name, as files have it. ours: the tensor of ours that it is a part of.
+        expert: index in the first dimension of ours; None = there are no experts, or all.
+        begin, end: rows of ours; None = to the last.
+        layout: how the rows stand in theirs: the ``same``; ``transposed`` (GPT-2's ``Conv1D``); or ``by_head``
+            (BLOOM: query, key and value of the first head, then of the second, ...).
+        heads: of ``by_head``.
+    """
+
+    theirs: str
+    ours: str
+    expert: int | None = None
+    begin: int = 0
+    end: int | None = None
+    layout: Layout = "same"
+    heads: int = 1
+
+    def to_theirs(self, rows: Tensor) -> Tensor:
+        """Their tensor from the rows of ours."""
+        if self.layout == "transposed":
+            return rows.t() if rows.ndim == 2 else rows
+        if self.layout == "by_head":
+            return rows.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
+        return rows
+
+    def to_ours(self, tensor: Tensor) -> Tensor:
+        """The rows of ours from their tensor."""
+        if self.layout == "transposed":
+            return tensor.t() if tensor.ndim == 2 else tensor
+        if self.layout == "by_head":
+            return tensor.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        return tensor
+
+    def rows_of(self, ours: Tensor) -> Tensor:
+        """The rows that this part is, of the whole tensor: a view."""
+        return (ours if self.expert is None else ours[self.expert])[self.begin : self.end]
+
+
+def our_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Names and shapes of a decoder's state, without its memory."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Decoder(config).state_dict().items()}
+
+
+def has_no_twin(name: str) -> bool:
+    """Whether a tensor of ours exists nowhere else: the router's balancing bias."""
+    return name.endswith("mlp.gate.bias")
+
+
+def parts(config: ModelConfig, source: str | None = None, fused: bool = False) -> list[Part]:
+    """All tensors of the Hugging Face twin of a decoder.
+
+    Args:
+        config: the decoder.
+        source: ``qwen`` for the names of Qwen-1; None = those of the family that `hf_family` finds.
+        fused: experts under the names of the module in memory (transformers 5), not of files.
+    """
+    family = source or hf_family(config)
+    if family == "gpt2":
+        return list(_gpt2(config))
+    if family == "bloom":
+        return list(_bloom(config))
+    if family == "qwen":
+        return list(_qwen1(config))
+    return list(_llama_like(config, family, fused))
+
+
+def _linear(
+    ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...], bias: bool, layout: Layout = "same"
+) -> Iterator[Part]:
+    """Maps of theirs whose rows stand below each other in one of ours."""
+    for kind in ("weight", "bias") if bias else ("weight",):
+        begin = 0
+        for name, size in zip(theirs, sizes, strict=True):
+            yield Part(f"{name}.{kind}", f"{ours}.{kind}", None, begin, begin + size, layout)
+            begin += size
+
+
+def _norm(ours: str, theirs: str, bias: bool = False) -> Iterator[Part]:
+    for kind in ("weight", "bias") if bias else ("weight",):
+        yield Part(f"{theirs}.{kind}", f"{ours}.{kind}")
+
+
+def _outside(config: ModelConfig, embedding: str, norm: str, bias: bool = False) -> Iterator[Part]:
+    """Embedding, last norm and head; rows that only pad the vocabulary have no twin."""
+    yield Part(f"{embedding}.weight", "embed.weight", end=config.vocab_size)
+    yield from _norm("norm", norm, bias)
+    if not config.tie_embeddings:
+        yield Part("lm_head.weight", "head.weight", end=config.vocab_size)
+
+
+def _llama_like(config: ModelConfig, family: str, fused: bool) -> Iterator[Part]:
+    dim = config.dim
+    q, kv = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    yield from _outside(config, "model.embed_tokens", "model.norm")
+    for i in range(config.num_layers):
+        us, them = f"layers.{i}", f"model.layers.{i}"
+        yield from _norm(f"{us}.attention_norm", f"{them}.input_layernorm")
+        yield from _norm(f"{us}.mlp_norm", f"{them}.post_attention_layernorm")
+        projections = tuple(f"{them}.self_attn.{x}_proj" for x in "qkv")
+        yield from _linear(f"{us}.attention.qkv", projections, (q, kv, kv), config.qkv_bias)
+        yield from _linear(f"{us}.attention.out", (f"{them}.self_attn.o_proj",), (dim,), config.has_out_bias)
+        if config.qk_norm:
+            yield from _norm(f"{us}.attention.q_norm", f"{them}.self_attn.q_norm")
+            yield from _norm(f"{us}.attention.k_norm", f"{them}.self_attn.k_norm")
+        if config.is_moe_layer(i):
+            yield from _experts(config, us, them, family, fused)
+            continue
+        ffn = config.ffn_dim or 0
+        yield from _linear(
+            f"{us}.mlp.gate_up", (f"{them}.mlp.gate_proj", f"{them}.mlp.up_proj"), (ffn, ffn), config.bias
+        )
+        yield from _linear(f"{us}.mlp.down", (f"{them}.mlp.down_proj",), (dim,), config.bias)
+
+
+def _experts(config: ModelConfig, us: str, them: str, family: str, fused: bool) -> Iterator[Part]:
+    assert config.moe is not None
+    ffn = config.moe.ffn_dim
+    block = f"{them}.{'block_sparse_moe' if family == 'mixtral' and not fused else 'mlp'}"
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    yield Part(f"{block}.gate.weight", f"{us}.mlp.gate.weight")
+    if fused:
+        yield Part(f"{block}.experts.gate_up_proj", f"{us}.mlp.experts.gate_up_proj")
+        yield Part(f"{block}.experts.down_proj", f"{us}.mlp.experts.down_proj")
+        return
+    for e in range(config.moe.num_experts):
+        expert = f"{block}.experts.{e}"
+        yield Part(f"{expert}.{gate}.weight", f"{us}.mlp.experts.gate_up_proj", e, 0, ffn)
+        yield Part(f"{expert}.{up}.weight", f"{us}.mlp.experts.gate_up_proj", e, ffn, 2 * ffn)
+        yield Part(f"{expert}.{down}.weight", f"{us}.mlp.experts.down_proj", e)
+
+
+def _gpt2(config: ModelConfig) -> Iterator[Part]:
+    yield from _outside(config, "transformer.wte", "transformer.ln_f", bias=True)
+    yield Part("transformer.wpe.weight", "position_embed.weight")
+    for i in range(config.num_layers):
+        us, them = f"layers.{i}", f"transformer.h.{i}"
+        yield from _norm(f"{us}.attention_norm", f"{them}.ln_1", bias=True)
+        yield from _norm(f"{us}.mlp_norm", f"{them}.ln_2", bias=True)
+        for ours, theirs in (
+            ("attention.qkv", "attn.c_attn"),
+            ("attention.out", "attn.c_proj"),
+            ("mlp.up", "mlp.c_fc"),
+            ("mlp.down", "mlp.c_proj"),
+        ):
+            for kind in ("weight", "bias"):
+                yield Part(f"{them}.{theirs}.{kind}", f"{us}.{ours}.{kind}", layout="transposed")
+
+
+def _bloom(config: ModelConfig) -> Iterator[Part]:
+    yield from _outside(config, "transformer.word_embeddings", "transformer.ln_f", bias=True)
+    yield from _norm("embed_norm", "transformer.word_embeddings_layernorm", bias=True)
+    for i in range(config.num_layers):
+        us, them = f"layers.{i}", f"transformer.h.{i}"
+        yield from _norm(f"{us}.attention_norm", f"{them}.input_layernorm", bias=True)
+        yield from _norm(f"{us}.mlp_norm", f"{them}.post_attention_layernorm", bias=True)
+        qkv = f"{them}.self_attention.query_key_value"
+        for kind in ("weight", "bias"):
+            yield Part(f"{qkv}.{kind}", f"{us}.attention.qkv.{kind}", layout="by_head", heads=config.num_heads)
+        for ours, theirs in (
+            ("attention.out", "self_attention.dense"),
+            ("mlp.up", "mlp.dense_h_to_4h"),
+            ("mlp.down", "mlp.dense_4h_to_h"),
+        ):
+            for kind in ("weight", "bias"):
+                yield Part(f"{them}.{theirs}.{kind}", f"{us}.{ours}.{kind}")
+
+
+def _qwen1(config: ModelConfig) -> Iterator[Part]:
+    """Qwen-1 as its files name it: ``w2`` is the gate of ``w1``."""
+    ffn = config.ffn_dim or 0
+    yield from _outside(config, "transformer.wte", "transformer.ln_f")
+    for i in range(config.num_layers):
+        us, them = f"layers.{i}", f"transformer.h.{i}"
+        yield from _norm(f"{us}.attention_norm", f"{them}.ln_1")
+        yield from _norm(f"{us}.mlp_norm", f"{them}.ln_2")
+        for kind in ("weight", "bias"):
+            yield Part(f"{them}.attn.c_attn.{kind}", f"{us}.attention.qkv.{kind}")
+        yield Part(f"{them}.attn.c_proj.weight", f"{us}.attention.out.weight")
+        yield from _linear(f"{us}.mlp.gate_up", (f"{them}.mlp.w2", f"{them}.mlp.w1"), (ffn, ffn), bias=False)
+        yield Part(f"{them}.mlp.c_proj.weight", f"{us}.mlp.down.weight")

@@ -1,0 +1,160 @@
+"""Text to ids and back, as the model's own tokenizer has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmrecipes.data import Tokenizer
+from llmrecipes.errors import UserError
+from llmrecipes.inference.prompts import Message
+
+
+class Codec(Protocol):
+    """What generation and perplexity need of a tokenizer."""
+
+    folder: Path
+    vocab_size: int
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Ids that end a text."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with the beginning piece if the tokenizer puts one there by itself."""
+        ...
+
+    def encode_span(self, text: str) -> tuple[list[int], int]:
+        """The same, and how many characters of ``text`` the first id stands for (0 for a beginning piece)."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special pieces give nothing."""
+        ...
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        """Ids of a conversation by the tokenizer's chat template, up to where the assistant is to speak."""
+        ...
+
+
+class PlainCodec:
+    """The tokenizer of a training run: ids exactly as in the token shards, no special pieces around a text.
+
+    Raises:
+        UserError: the folder holds no tokenizer.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tokenizer = Tokenizer(folder)
+        self.vocab_size = self._tokenizer.vocab_size
+
+    @cached_property
+    def eos_ids(self) -> list[int]:
+        """The piece that ends a document."""
+        return [self._tokenizer.eos_id]
+
+    def encode(self, text: str) -> list[int]:
+        """See :class:`Codec`."""
+        return self._tokenizer.encode(text)
+
+    def encode_span(self, text: str) -> tuple[list[int], int]:
+        """See :class:`Codec`. The characters that the other ids do not spell are those of the first."""
+        ids = self.encode(text)
+        rest = self.decode(ids[1:]).lstrip("\ufffd ")
+        return ids, max(0, len(text) - len(rest)) if text.endswith(rest) else len(self.decode(ids[:1]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Codec`."""
+        return self._tokenizer.decode(ids)
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        """See :class:`Codec`; the template lies beside the tokenizer, in Hugging Face's form."""
+        if not (self.folder / "tokenizer_config.json").is_file():
+            raise _no_template(self.folder)
+        return self.encode(apply_template(_hugging_face(self.folder), self.folder, messages))
+
+
+class HFCodec:
+    """The tokenizer of a Hugging Face folder, special pieces as it puts them. Code of the folder is never run.
+
+    Raises:
+        UserError: the folder holds no tokenizer that transformers reads.
+    """
+
+    def __init__(self, folder: Path, eos_ids: Sequence[int] = ()) -> None:
+        self.folder = folder
+        self._tokenizer = _hugging_face(folder)
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        own = self._tokenizer.eos_token_id
+        self.eos_ids = list(eos_ids) or ([] if own is None else [int(own)])
+
+    def encode(self, text: str) -> list[int]:
+        """See :class:`Codec`."""
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def encode_span(self, text: str) -> tuple[list[int], int]:
+        """See :class:`Codec`."""
+        if not self._tokenizer.is_fast:
+            ids = self.encode(text)
+            special = bool(ids) and ids[0] in self._tokenizer.all_special_ids
+            return ids, 0 if special else len(self.decode(ids[:1]))
+        coded = self._tokenizer(text, verbose=False, return_offsets_mapping=True)
+        spans = coded["offset_mapping"]
+        return list(coded["input_ids"]), int(spans[0][1]) if spans else 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Codec`."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        """See :class:`Codec`."""
+        text = apply_template(self._tokenizer, self.folder, messages)
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _hugging_face(folder: Path) -> Any:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise whatever they like on a damaged file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{folder}: no tokenizer that can be read here ({reason}); name one with --tokenizer") from None
+
+
+def _no_template(folder: Path) -> UserError:
+    return UserError(
+        f"--chat: {folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
+        "leave --chat out, or name a tokenizer that has one with --tokenizer"
+    )
+
+
+def apply_template(tokenizer: Any, folder: Path, messages: list[Message]) -> str:
+    """The conversation as text, up to where the assistant is to speak (jinja in transformers' sandbox).
+
+    Raises:
+        UserError: there is no template, or it refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise _no_template(folder)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template raises what its author chose, through jinja
+        raise UserError(f"--chat: the chat template of {folder} refuses these messages: {error}") from None
+
+
+def open_codec(folder: Path, hugging_face: bool, eos_ids: Sequence[int] = ()) -> Codec:
+    """The tokenizer in ``folder``.
+
+    Args:
+        folder: holds it.
+        hugging_face: the model came with it in one folder: special pieces as transformers puts them around a text;
+            otherwise none, as in training.
+        eos_ids: what the model says ends a text; empty = what the tokenizer says.
+    """
+    return HFCodec(folder, eos_ids) if hugging_face else PlainCodec(folder)

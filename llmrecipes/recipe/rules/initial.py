@@ -1,0 +1,68 @@
+"""The folder whose weights a run begins with: there, and of the recipe's own model.
+
+Paths start from the current folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.rules.facts import CONFIG, MODEL, Facts, Finding
+from llmrecipes.recipe.rules.model import build_config
+
+# What may differ: it changes how the weights are trained, not which they are.
+_FREE = {"dropout", "init_std", "max_seq_len"}
+
+
+def initial_problems(facts: Facts) -> Iterator[Finding]:
+    """A missing folder, or one that holds another model than ``config`` describes."""
+    folder = facts.get(*MODEL, "init_from")
+    if not isinstance(folder, str):
+        return
+    place = (*MODEL, "init_from")
+    path = Path(folder)
+    if not path.is_dir():
+        yield Finding(
+            place, f"missing folder {folder} (the weights to begin with)", "make it: llmrecipes convert from-hf"
+        )
+        return
+    if (path / "config.json").is_file() and not (path / "model.yaml").is_file():
+        yield Finding(place, f"{folder} is a Hugging Face folder", f"llmrecipes convert from-hf {folder} NEW_FOLDER")
+        return
+    theirs, ours = _model_of(path), _build(facts.mapping(*CONFIG))
+    if theirs is None or ours is None:
+        return
+    for name, value in asdict(theirs).items():
+        mine = asdict(ours)[name]
+        if name not in _FREE and name != "moe" and mine != value:
+            yield Finding((*CONFIG, name), f"model.init_args.config: {name} {mine} where {folder} has {value}")
+    yield from _experts(ours, theirs, folder)
+
+
+def _experts(ours: ModelConfig, theirs: ModelConfig, folder: str) -> Iterator[Finding]:
+    """Sizes only: how experts are chosen and balanced may change when a run begins."""
+    sizes = [None if c.moe is None else (c.moe.num_experts, c.moe.ffn_dim) for c in (ours, theirs)]
+    if sizes[0] != sizes[1]:
+        words = ["no experts" if s is None else f"{s[0]} experts of width {s[1]}" for s in sizes]
+        yield Finding((*CONFIG, "moe"), f"model.init_args.config: {words[0]} where {folder} has {words[1]}")
+
+
+def _model_of(folder: Path) -> ModelConfig | None:
+    """The model that the folder describes; None where that cannot be known."""
+    try:
+        recipe = yaml.safe_load((folder / "model.yaml").read_text(encoding="utf-8"))
+        return _build(recipe["model"]["init_args"]["config"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def _build(values: object) -> ModelConfig | None:
+    try:
+        return build_config(values) if isinstance(values, dict) else None
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None  # reported with the types, or with the model
