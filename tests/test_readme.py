@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 
 from data_prep.commands import STAGES
 from llmrecipes.cli import COMMANDS, TRAINER_COMMANDS, main
+from llmrecipes.convert.commands import STAGES as CONVERSIONS
 from llmrecipes.recipe import check
 from llmrecipes.recipe.check import USAGE as CHECK_USAGE
 
@@ -74,10 +76,10 @@ def test_both_readmes_say_the_same():
     assert len(commands(english)) == 12
     assert blocks(english, "text") == blocks(japanese, "text") and len(blocks(english, "text")) == 2
     ours, theirs = ([yaml.safe_load(block) for block in blocks(text, "yaml")] for text in (english, japanese))
-    assert ours == theirs and len(ours) == 1
-    assert [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, japanese)] == [10, 10]
+    assert ours == theirs and len(ours) == 2
+    assert [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, japanese)] == [11, 11]
     rows = [re.findall(r"^\| `([^|]*?)` ", text, re.MULTILINE) for text in (english, japanese)]
-    assert len(rows[0]) == len(rows[1]) == 7
+    assert len(rows[0]) == len(rows[1]) == 12
 
 
 def test_every_make_target_exists():
@@ -101,12 +103,13 @@ def test_every_named_file_exists():
 
 
 def test_the_command_tables_are_complete():
-    exist = {*TRAINER_COMMANDS, *COMMANDS, *(f"data {stage}" for stage in STAGES)} - {"data"}
+    stages = {f"data {stage}" for stage in STAGES} | {f"convert {stage}" for stage in CONVERSIONS}
+    exist = ({*TRAINER_COMMANDS, *COMMANDS} | stages) - {"data", "convert"}
     for document in READMES:
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
-        named = {name for line in table for name in re.findall(r"`llmrecipes ((?:data )?[a-z]+)", line)}
+        named = {name for line in table for name in re.findall(r"`llmrecipes ((?:data |convert )?[a-z-]+)", line)}
         assert named == exist, document
-    assert len(exist) == 8
+    assert len(exist) == 14
 
 
 def mistakes(words: list[str]) -> list[str]:
@@ -114,6 +117,11 @@ def mistakes(words: list[str]) -> list[str]:
     if words[0] == "data":
         known = inspect.signature(STAGES[words[1]].load()).parameters
         return [word for word in words[2:] if word.startswith("--") and word[2:] not in known]
+    if words[0] == "convert":
+        return [] if words[1] in CONVERSIONS else [words[1]]
+    if words[0] in ("generate", "perplexity"):
+        shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
+        return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]
     if words[0] not in (*TRAINER_COMMANDS, "check"):
         return [words[0]]
     rest = [word for word in words[1:] if word not in ("--print_config", "--without_files")]
@@ -133,7 +141,7 @@ def test_commands_of_the_other_documents_are_understood():
         for line in commands(read(document)):
             words = shlex.split(line)
             if words[0] == "llmrecipes":
-                assert mistakes(words[1:]) == [], f"{document}: {line}"
+                assert mistakes([w for w in words[1:] if w[0] not in "[<"]) == [], f"{document}: {line}"
                 seen += 1
     assert seen >= 10
     assert mistakes(["data", "tokenize", "--inputs", "a"]) == ["--inputs"]
@@ -152,7 +160,9 @@ def test_recipe_snippets_are_sound(tmp_path):
                 REPOSITORY / "recipes/cpu/real_corpus.yaml",
                 piece,
             ]
-            found = [str(p) for p in check(recipes, ["--model.init_args.config.tie_embeddings", "false"], files=False)]
+            overrides = ["--model.init_args.config.tie_embeddings", "false", "--data.init_args.micro_batch", "8"]
+            overrides += ["--data.init_args.global_batch", "192"]  # what three nodes with eight processes can share
+            found = [str(p) for p in check(recipes, overrides, files=False)]
             assert found == [], document
             seen += 1
     assert seen >= 3
@@ -166,7 +176,7 @@ def workspace(tmp_path_factory) -> Path:
     """A folder like a fresh clone's, with the README's recipe and somebody's text in it."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "recipes").symlink_to(REPOSITORY / "recipes")
-    (recipe,) = blocks(read("README.md"), "yaml")
+    recipe, _ = blocks(read("README.md"), "yaml")
     (folder / "first.yaml").write_text(recipe, encoding="utf-8")
     return folder
 
