@@ -49,9 +49,11 @@ check: $(VENV)/.done  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two processes: one file's tests stay together, because they share runs that are expensive to make.
+# One file's tests stay together, because they share runs that are expensive to make. WORKERS=0: one after the other,
+# for a machine that does other things too: some tests kill and time processes.
+WORKERS ?= 2
 test: $(VENV)/.done  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 clean:  ## remove the environment, the demo's data and its runs
 	rm -rf $(VENV) data/demo runs/moe_pretrain_cpu
