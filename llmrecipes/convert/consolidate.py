@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from llmrecipes.checkpoint import checkpoints, newest_whole, verify
 from llmrecipes.checkpoint.durable import sync_folder, write_file
 from llmrecipes.checkpoint.shards import SHARDING_INFO
 from llmrecipes.checkpoint.tensor_file import Slot, file_order, header, read_header
+from llmrecipes.convert.writing import new_folder
 from llmrecipes.errors import UserError
 
 BLOCK_BYTES = 16 * 2**20
@@ -71,18 +70,9 @@ def consolidate(src: str, dst: str, part: Literal["model", "optimizer"] = "model
     if not tensors:
         raise UserError(f"{source}/{part} holds no tensors")
     total = sum(tensor.bytes for tensor in tensors.values())
-    _check_space(target.parent, total)
     print(f"{source}: {len(tensors)} tensors, {total / 1e9:.2f} GB")
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(target, total) as temporary:
         _write(temporary, source, tensors, int(max_shard_gb * 1e9))
-        temporary.rename(target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise UserError(f"writing {target} failed, nothing of it was left: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {target}: {len(list(target.glob('*.safetensors')))} file(s), every slice compared")
 
 
@@ -120,13 +110,6 @@ def read_slices(folder: Path) -> dict[str, Pieces]:
     for name, tensor in tensors.items():
         assert sum(s.slot.bytes for s in tensor.slices) == tensor.bytes, f"slices of {name} are missing"
     return dict(sorted(tensors.items()))
-
-
-def _check_space(folder: Path, need: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < need * 1.01:
-        raise UserError(f"{folder} has {free / 1e9:.2f} GB free, {need / 1e9:.2f} GB are needed")
 
 
 def _write(folder: Path, source: Path, tensors: dict[str, Pieces], max_bytes: int) -> None:
