@@ -25,7 +25,7 @@ EXPERTS = ["recipes/cpu/moe_pretrain.yaml", f"{MOE}.num_experts=16"]
 VARIANTS = {
     "dense": ["recipes/cpu/dense_pretrain.yaml"],
     "balance_bias": [*EXPERTS, f"{MOE}.balance=bias", f"{MOE}.bias_rate=0.003"],
-    "balance_loss": [*EXPERTS, f"{MOE}.balance=loss", f"{MOE}.balance_coef=0.003"],
+    "balance_loss": [*EXPERTS, f"{MOE}.balance=loss", f"{MOE}.balance_coef=0.01"],
 }
 
 

@@ -158,15 +158,20 @@ def save_large(root):
     write_checkpoint(root, TrainingState(6, tensors, {}, {}))
 
 
-MEASURE = """
-import resource, sys
+MEASURE = r"""
+import re, sys
+from pathlib import Path
+
 from llmrecipes.convert import consolidate
+
+def peak():  # KiB, of this program alone: ru_maxrss begins with the parent's
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 if sys.argv[3] == "mutant":
     consolidate.BLOCK_BYTES = 2**40  # whole tensors
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 consolidate.consolidate(sys.argv[1], sys.argv[2], max_shard_gb=0.1)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
 
 
