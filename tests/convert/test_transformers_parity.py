@@ -11,7 +11,7 @@ from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder, init_weights
 from llmrecipes.models.attention import Attention
 from llmrecipes.models.mlp import MLP
-from llmrecipes.models.moe import Router
+from llmrecipes.models.moe import MoE, Router
 
 transformers = pytest.importorskip("transformers")
 from hf_models import FAMILIES, LENGTH, PER_FAMILY, peer, random_config, tokens_for  # noqa: E402
@@ -43,7 +43,7 @@ def test_logits_equal_transformers(family):
         seen.add(str(decoder.config))
         windows += decoder.config.sliding_window is not None
     assert len(seen) == PER_FAMILY
-    assert (windows > 0) == (family in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"))
+    assert (windows > 0) == (family in ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,6 +131,19 @@ def other_renormalisation(decoder):
         router.renormalize = not router.renormalize
 
 
+def shared_without_its_gate(decoder):
+    """As if every token used the shared expert whole (DeepSeek's has no gate)."""
+    for moe in of(decoder, MoE):
+        moe.shared_gate = torch.nn.Linear(decoder.config.dim, 1)
+        moe.shared_gate.weight.zero_()
+        moe.shared_gate.bias.fill_(100.0)
+
+
+def shared_halves_swapped(decoder):
+    for moe in of(decoder, MoE):
+        moe.shared.gate_up.weight.copy_(torch.cat(moe.shared.gate_up.weight.chunk(2)[::-1]))
+
+
 QWEN2_MIXED = next(i for i in range(PER_FAMILY) if len(set(random_config("qwen2", i).layer_types)) == 2)
 MUTANTS = [
     ("llama", 0, interleave_rotary),
@@ -143,6 +156,9 @@ MUTANTS = [
     ("mixtral", 1, window_one_wider),
     ("olmoe", 1, other_renormalisation),
     ("olmoe", 0, no_query_norm),
+    ("qwen2_moe", 1, other_renormalisation),
+    ("qwen2_moe", 0, shared_without_its_gate),
+    ("qwen2_moe", 0, shared_halves_swapped),
     ("qwen3_moe", 0, other_renormalisation),
 ]
 
