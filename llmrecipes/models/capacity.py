@@ -18,7 +18,7 @@ from llmrecipes.recipe.model_config import DropPolicy
 def expert_capacity(num_tokens: Tensor, num_experts: int, top_k: int, factor: float, minimum: int) -> Tensor:
     """``max(minimum, ceil(factor * k * tokens / E))``, DeepSpeed's for every k; a scalar, no wait for the device.
 
-    In whole numbers: in floating point 1.1 * 10 is above 11, and an expert would take one more.
+    In whole numbers: in floating point 1.1 * 50 is above 55, and an expert would take one more.
 
     Args:
         num_tokens: real tokens routed together, scalar int64.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -115,7 +116,7 @@ def test_capacity_is_deepspeeds_and_exact():
     assert limit(2048, 64, 2, 1.0) == 64  # the factor is doubled for top-2
     assert limit(2049, 64, 1, 1.0) == 33
     assert limit(100, 64, 1, 1.0) == 4 and limit(100, 64, 1, 1.0, 0) == 2 and limit(0, 64, 1, 1.0) == 4
-    assert limit(100, 10, 1, 1.1) == 11  # 1.1 * 10 is above 11 in floating point
+    assert limit(500, 10, 1, 1.1) == 55 and math.ceil(1.1 * 50) == 56
 
 
 def by_hand(experts, scores, capacity, policy, mask):
