@@ -101,6 +101,7 @@ class Router(nn.Module):
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
             return weights, experts, routing
 
+    @torch.compiler.disable  # compiled code would draw other numbers
     def _drop(
         self, weights: Tensor, experts: Tensor, routing: Routing, token_mask: Tensor | None, factor: float
     ) -> tuple[Tensor, Tensor, Routing]:

@@ -9,11 +9,12 @@ from typing import Any
 
 # Of the Trainer, only these change what is computed; devices and strategies change who computes it.
 _TRAINER_KEYS = ("max_steps", "precision")
+# Of the model, these change results by rounding only, or not at all.
+ROUNDING = ("expected_params", "loss_chunk", "compile")
 _MICRO_BATCH = ("data", "init_args", "micro_batch")
 _CAPACITY = ("model", "init_args", "config", "moe", "capacity_factor")
 _IGNORED = {
-    ("model", "init_args", "expected_params"),
-    ("model", "init_args", "loss_chunk"),
+    *(("model", "init_args", name) for name in ROUNDING),
     _MICRO_BATCH,
     ("data", "init_args", "valid"),
     ("data", "init_args", "valid_batches"),
