@@ -47,7 +47,7 @@ def verify_logits(ours: Source, hf_folder: Path, dtype: torch.dtype | None = Non
         del decoder, hidden
         model = load_twin(hf_folder)
         with in_fp32(model):
-            found = model(tokens).logits.float()
+            found = _their_logits(model, tokens, hf_folder)
     if found.shape != expected.shape:
         raise UserError(f"{hf_folder}: transformers gives logits {list(found.shape)}, not {list(expected.shape)}")
     bound = tolerance(ours.config)
@@ -62,6 +62,20 @@ def verify_logits(ours: Source, hf_folder: Path, dtype: torch.dtype | None = Non
             f"{bound:.0e}; nothing was kept. This is a defect of the conversion: please report config.json"
         )
     return difference
+
+
+def _their_logits(model: nn.Module, tokens: Tensor, folder: Path) -> Tensor:
+    try:
+        logits: Tensor = model(tokens, use_cache=False, return_dict=True).logits
+    except Exception as error:  # as when loading
+        raise UserError(f"{folder}: transformers loads it but fails to compute: {first_line(error)}") from error
+    return logits.float()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line, with its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def tolerance(config: ModelConfig) -> float:
@@ -114,8 +128,8 @@ def load_twin(folder: Path) -> nn.Module:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: transformers does not load it: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # on a damaged config.json it raises whatever the first wrong value leads to
+        raise UserError(f"{folder}: transformers does not load it: {first_line(error)}") from error
     model, report = loaded
     wrong = [f"{kind.replace('_', ' ')}: {report[kind]}" for kind in _REPORT if report.get(kind)]
     if wrong:

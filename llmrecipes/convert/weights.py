@@ -15,7 +15,7 @@ from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig
 
 # Tables and masks that older versions of transformers saved beside the parameters.
-_NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")
+_NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
 
 
 class HasShape(Protocol):
@@ -68,7 +68,7 @@ def from_hf_state_dict(
     Args:
         config: the decoder.
         hf_state: tensors by their names.
-        source: ``qwen`` for Qwen-1; None = the family that `hf_family` finds.
+        source: the family whose names these are; None = the one that `hf_family` finds.
 
     Raises:
         UserError: tensors are missing, left over or of another shape; all are named.
@@ -110,7 +110,7 @@ def find_parts(
     found: dict[str, list[tuple[Part, str]]] = {}
     problems = []
     for part in listed:
-        name = left.pop(part.theirs, None)
+        name = left.pop(_canonical(part.theirs), None)
         if name is None:
             problems.append(f"the checkpoint lacks {part.theirs}")
             continue
@@ -130,7 +130,7 @@ def find_parts(
 def _canonical(name: str) -> str:
     if re.match(r"(h\.\d+|wte|wpe|ln_f|word_embeddings|word_embeddings_layernorm)\.", name):
         return f"transformer.{name}"
-    return name
+    return "lm_head.weight" if name == "embed_out.weight" else name  # GPT-NeoX in files, and in transformers 5
 
 
 def _their_shape(part: Part, ours: torch.Size) -> torch.Size:

@@ -33,7 +33,7 @@ def logits(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_bit_exact(family, tmp_path, capsys):
     """Through files: sharded in, sharded out; transformers loads what we write, with nothing missing or left over."""
-    index = {"qwen3_moe": 3, "mixtral": 1}.get(family, 2)
+    index = {"qwen3_moe": 3, "mixtral": 1, "gpt_neox": 5}.get(family, 2)
     model = peer(family, index)
     source, ours, back = tmp_path / "hf", tmp_path / "ours", tmp_path / "back"
     model.save_pretrained(source, max_shard_size="30KB")
