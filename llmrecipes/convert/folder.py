@@ -16,7 +16,7 @@ from llmrecipes.convert.config_in import read_config
 from llmrecipes.convert.consolidate import find_checkpoint
 from llmrecipes.convert.names import Part, has_no_twin, our_shapes
 from llmrecipes.convert.weight_files import WeightFiles
-from llmrecipes.convert.weights import find_parts, join
+from llmrecipes.convert.weights import find_parts, join, refuse_impossible
 from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder
 from llmrecipes.recipe.model_config import ModelConfig
@@ -207,6 +207,8 @@ class OurTensors:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        if source.hugging_face:
+            refuse_impossible(source.config, source.files.tensors)
         self.shapes = our_shapes(source.config)
         self.found: dict[str, list[tuple[Part, str]]] = {}
         if source.hugging_face:
@@ -261,7 +263,7 @@ def _has_tokenizer(path: Path) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a mapping")

@@ -15,13 +15,13 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": _LLAMA3,
-    "yarn": (),
+    "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
 }
 _ALLOWED: dict[str, tuple[str, ...]] = {
     # Configurations in memory carry what belongs to other kinds, at no effect.
     "default": ("original_max_position_embeddings",),
-    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
+    "yarn": ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
              "mscale", "mscale_all_dim", "finetuned"),
     "longrope": ("factor", "original_max_position_embeddings", "attention_factor"),
 }  # fmt: skip

@@ -68,14 +68,14 @@ def _their_logits(model: nn.Module, tokens: Tensor, folder: Path) -> Tensor:
     try:
         logits: Tensor = model(tokens, use_cache=False, return_dict=True).logits
     except Exception as error:  # as when loading
-        raise UserError(f"{folder}: transformers loads it but fails to compute: {first_line(error)}") from error
+        raise UserError(f"{folder}: transformers loads it but fails to compute: {one_line(error)}") from error
     return logits.float()
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line, with its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def one_line(error: Exception) -> str:
+    """An error of another library as one line that is not too long."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return words if len(words) <= 240 else f"{words[:237]}..."
 
 
 def tolerance(config: ModelConfig) -> float:
@@ -129,7 +129,7 @@ def load_twin(folder: Path) -> nn.Module:
                 folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # on a damaged config.json it raises whatever the first wrong value leads to
-        raise UserError(f"{folder}: transformers does not load it: {first_line(error)}") from error
+        raise UserError(f"{folder}: transformers does not load it: {one_line(error)}") from error
     model, report = loaded
     wrong = [f"{kind.replace('_', ' ')}: {report[kind]}" for kind in _REPORT if report.get(kind)]
     if wrong:

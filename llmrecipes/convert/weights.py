@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -16,6 +16,9 @@ from llmrecipes.recipe.model_config import ModelConfig
 
 # Tables and masks that older versions of transformers saved beside the parameters.
 _NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
+
+
+_MOST_PROBLEMS = 20
 
 
 class HasShape(Protocol):
@@ -123,8 +126,23 @@ def find_parts(
         left.pop("lm_head.weight", None)
     problems += [f"the checkpoint holds {name}, for which this model has no place" for name in left.values()]
     if problems:
-        raise UserError(*problems)
+        more = len(problems) - _MOST_PROBLEMS
+        raise UserError(*problems[:_MOST_PROBLEMS], *([f"and {more} more like these"] if more > 0 else []))
     return found
+
+
+def refuse_impossible(config: ModelConfig, available: Collection[str]) -> None:
+    """Refuse sizes for which there cannot be tensors enough, before a model of that size is thought of.
+
+    Raises:
+        UserError: more layers or experts than tensors.
+    """
+    experts = config.moe.num_experts if config.moe else 0
+    if config.moe and any(name.endswith("experts.gate_up_proj") for name in available):
+        experts = 0
+    for what, number in (("layers", config.num_layers), ("experts", experts)):
+        if number > len(available):
+            raise UserError(f"config.json: {number:,} {what}, but the files hold {len(available):,} tensors only")
 
 
 def _canonical(name: str) -> str:

@@ -116,7 +116,9 @@ def test_initial_weights_and_decay():
     for name in MECHANISMS:
         model = Decoder(ModelConfig(**(TINY | MECHANISMS[name])))
         init_weights(model, 0)
-        loss, count = linear_cross_entropy(model(ids(4, 40)).hidden.flatten(0, 1), model.head_weight, ids(4, 40, 1).flatten())
+        loss, count = linear_cross_entropy(
+            model(ids(4, 40)).hidden.flatten(0, 1), model.head_weight, ids(4, 40, 1).flatten()
+        )
         assert abs(loss / count - math.log(61)) < 0.05, name
 
 
