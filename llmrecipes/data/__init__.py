@@ -10,10 +10,11 @@ _HOME = {
     "IndexedShard": "shards",
     "Manifest": "manifest",
     "Order": "order",
-    "PackedShards": "datamodule",
+    "PackedShards": "packed_shards",
     "PackedSource": "packing",
     "Permutation": "order",
     "ShardWriter": "shards",
+    "StepData": "step_data",
     "Tokenizer": "tokenizer",
     "verify": "verify",
 }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmrecipes.checkpoint import checkpoints
 from llmrecipes.data.batch import Batch
 from llmrecipes.data.order import derive_key
-from llmrecipes.distributed import ShardedStrategy, clip_grad_norm, packed_sum
+from llmrecipes.distributed import ShardedStrategy, clip_grad_norm, compile_blocks, packed_sum
 from llmrecipes.modules.host_copy import HostCopy
 from llmrecipes.modules.loss_terms import LossTerm
 from llmrecipes.modules.step_record import SkippedStep, StepRecord
@@ -57,17 +57,21 @@ class StepModule(L.LightningModule):
         schedule: the learning rate over the run.
         clip_norm: largest global gradient norm; ``null`` measures without clipping.
         seed: of the initial weights and of dropout.
+        compile: fuse each block by torch.compile.
     """
 
     model: Any
 
-    def __init__(self, optimizer: AdamW, schedule: Schedule, clip_norm: float | None, seed: int = 0) -> None:
+    def __init__(
+        self, optimizer: AdamW, schedule: Schedule, clip_norm: float | None, seed: int = 0, compile: bool = False
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.optimizer_recipe = optimizer
         self.schedule = schedule
         self.clip_norm = clip_norm
         self.seed = seed
+        self.compiled = compile
         self.guard: Guard | None = None
         self.last_step: StepRecord | SkippedStep | None = None
         self.validation_loss: float | None = None
@@ -119,10 +123,12 @@ class StepModule(L.LightningModule):
             # Never whole on any process: built without storage, divided, then filled.
             with torch.device("meta"):
                 self.model = self.build_model()
-            strategy.parallelize(self.model)
+            strategy.parallelize(self.model, self.compiled)
             self.model.to_empty(device=strategy.parameter_device)
         else:
             self.model = self.build_model()
+            if self.compiled:
+                compile_blocks(self.model)
         self.init_model()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -12,9 +12,10 @@ from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
 
 # Of the Trainer, only these change what is computed; devices and strategies change who computes it.
 _TRAINER_KEYS = ("max_steps", "precision")
+# Of the model, these change results by rounding only, or not at all.
+ROUNDING = ("expected_params", "loss_chunk", "compile")
 _IGNORED = {
-    ("model", "init_args", "expected_params"),
-    ("model", "init_args", "loss_chunk"),
+    *(("model", "init_args", name) for name in ROUNDING),
     ("data", "init_args", "micro_batch"),
     ("data", "init_args", "valid"),
     ("data", "init_args", "valid_batches"),

@@ -18,6 +18,8 @@ from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMar
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
 from llmrecipes.process import StopSignals, rank_name
+from llmrecipes.recipe.fingerprint import ROUNDING
+from llmrecipes.run.allocator import keep_freed_memory
 from llmrecipes.run.environment import common_facts, record_launch
 from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done
 from llmrecipes.run.launch import Decision, Launch, NothingToDo
@@ -53,6 +55,8 @@ def run(subcommand: str, args: list[str], signals: StopSignals | None = None) ->
     cli.callback(GracefulStop).requests = signals
     if not cli.trainer.is_global_zero:
         start_log(cli.folder, f"rank {cli.trainer.global_rank}")
+    if cli.trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     launch = Launch(lambda end: announce(cli, end))
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [StepMarks(), launch, SelfCheck(lambda: common_facts(cli)), *callbacks, ReadMark()]
@@ -182,7 +186,7 @@ def trajectory(cli: RecipeCLI) -> dict[str, Any]:
     data = {k: v for k, v in recipe["data"]["init_args"].items() if k not in FREE_DATA_KEYS}
     return {
         "seed": recipe["seed"],
-        "model": {k: v for k, v in model.items() if k not in ("expected_params", "loss_chunk", "seed")},
+        "model": {k: v for k, v in model.items() if k not in (*ROUNDING, "seed")},
         "data": data | {"shards": cli.datamodule.fingerprint()["train"]},
         "trainer": {"precision": cli.trainer.precision},
         # With decay: null the schedule ends with the run: another trainer.max_steps is then another schedule.

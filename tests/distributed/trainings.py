@@ -36,6 +36,7 @@ class Setting:
     nodes: int = 1
     precision: str = "32-true"
     dropout: float = 0.1
+    compiled: bool = False
     options: dict = field(default_factory=dict)
 
     def config(self) -> ModelConfig:
@@ -75,6 +76,7 @@ def train(setting: Setting, shards: dict, module_class: type = Fp64Module) -> di
         WarmupCosine(Duration(2, "steps")),
         clip_norm=0.5,
         seed=3,
+        compile=setting.compiled,
     )
     data = PackedShards(
         train={str(shards["a"]): 1.0, str(shards["b"]): 2.0},
