@@ -144,8 +144,8 @@ def broken_tensors(draw, path):
     file.write_bytes(bytes(data))
 
 
-DAMAGES = (odd_key, odd_key, odd_key, odd_key, two_odd_keys, other_family, broken_text, odd_index, odd_ids, odd_tokenizer,
-           broken_tensors, broken_tensors)  # fmt: skip
+DAMAGES = (odd_key, odd_key, odd_key, odd_key, two_odd_keys, other_family, broken_text, odd_index, odd_ids,
+           odd_tokenizer, broken_tensors, broken_tensors)  # fmt: skip
 
 
 def damaged(folders, index, path):
