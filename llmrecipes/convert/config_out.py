@@ -222,6 +222,8 @@ def _experts(config: ModelConfig, family: str) -> dict[str, Any]:
         return {}
     hf: dict[str, Any] = {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": moe.balance_coef}
     hf |= {"output_router_logits": False}
+    if family in ("mixtral", "olmoe"):
+        hf["intermediate_size"] = moe.ffn_dim
     if family == "mixtral":
         return hf | {"num_local_experts": moe.num_experts}
     hf |= {"num_experts": moe.num_experts, "norm_topk_prob": moe.renormalize}

@@ -165,7 +165,7 @@ def _rare(config: ModelConfig, family: str) -> Iterator[str]:
     """Options that few families have."""
     for name, usual, families in _RARE:
         if getattr(config, name) != usual and family not in families:
-            yield f"{name}: {getattr(config, name)}"
+            yield f"{name}: {str(getattr(config, name)).lower()}"
     position = {"olmo2": "post", "gemma3_text": "both"}.get(family, "pre")
     if config.norm_position != position:
         yield f"norm_position: {config.norm_position}"
@@ -177,6 +177,9 @@ def _rare(config: ModelConfig, family: str) -> Iterator[str]:
             yield f"embedding_scale: {config.embedding_scale} (Gemma's is the root of dim)"
         if config.activation != "geglu":
             yield f"activation: {config.activation}"
+    scalar = (config.attention_scale or 1.0) ** -2
+    if family == "gemma3_text" and not math.isclose(scalar, round(scalar), rel_tol=1e-12):
+        yield f"attention_scale: {config.attention_scale} (Gemma 3 has 1 over the root of a whole number)"
     if family == "gemma3_text" and not config.qk_norm:
         yield "qk_norm: false"
 
