@@ -77,10 +77,13 @@ def _llama_like(r: Reader, family: str) -> dict[str, Any]:
     qkv_bias = out_bias = r.flag("attention_bias", False) if family in ATTENTION_BIAS else False
     if family == "qwen2":
         qkv_bias = True
+    if family == "qwen2_moe":
+        qkv_bias = r.flag("qkv_bias", True)
     bias = r.flag("mlp_bias", False) if family in MLP_BIAS else False
     moe = _experts(r, family)
-    dense_layers = sorted(r.numbers("mlp_only_layers") or []) if family == "qwen3_moe" else []
-    every = r.size("decoder_sparse_step", 1) if family == "qwen3_moe" else 1
+    mixed = family in ("qwen2_moe", "qwen3_moe")
+    dense_layers = sorted(r.numbers("mlp_only_layers") or []) if mixed else []
+    every = r.size("decoder_sparse_step", 1) if mixed else 1
     ffn_dim = None if family in ("mixtral", "olmoe") else r.size("intermediate_size")
     if moe is not None and every == 1 and not dense_layers:
         ffn_dim = None
@@ -111,8 +114,8 @@ def _llama_like(r: Reader, family: str) -> dict[str, Any]:
 
 def _kv_heads(family: str, heads: int) -> int:
     """What transformers assumes where config.json is silent."""
-    silent = {"qwen2": 32, "qwen3": 32, "mistral": 8, "mixtral": 8, "qwen3_moe": 4, "gemma": 16, "smollm3": 4}
-    return silent.get(family, heads)
+    silent = {"qwen2": 32, "qwen3": 32, "mistral": 8, "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "gemma": 16}
+    return (silent | {"smollm3": 4}).get(family, heads)
 
 
 def _rope(r: Reader, family: str) -> Rope:
@@ -223,7 +226,13 @@ def _window(r: Reader, family: str, layers: int) -> tuple[int | None, list[int] 
         if kinds is not None and kinds != ["full_attention"] * layers:
             r.problems.append(f"layer_types {kinds!r}: {family} has no sliding window")
         return None, None
-    window = r.optional_size("sliding_window", _silent_window(r, family))
+    r.asked.add("sliding_window")
+    idle = family not in ("mistral", "mixtral", "phi3", "gemma3_text") and r.hf.get("use_sliding_window") in (
+        None,
+        False,
+    )
+    # Without use_sliding_window its value says nothing: Qwen2-MoE in memory has 0.
+    window = None if idle else r.optional_size("sliding_window", _silent_window(r, family))
     listed = r.numbers("layer_types", str)
     if family in ("mistral", "mixtral", "phi3"):
         if listed is not None and set(listed) != {"sliding_attention" if window else "full_attention"}:
@@ -250,7 +259,9 @@ def _window(r: Reader, family: str, layers: int) -> tuple[int | None, list[int] 
         r.problems.append(f"max_window_layers {first!r}: a whole number is needed")
         return None, None
     if listed is None:
-        listed = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        # Qwen2-MoE: every other layer below the first full one.
+        slides = [i % 2 == 0 and i < first if family == "qwen2_moe" else i >= first for i in range(layers)]
+        listed = ["sliding_attention" if yes else "full_attention" for yes in slides]
     return _listed_windows(r, window or 4096, listed, layers)
 
 
@@ -274,7 +285,9 @@ def _listed_windows(
 
 
 def _experts(r: Reader, family: str) -> MoEConfig | None:
-    defaults = {"mixtral": (8, 2, 0.001), "olmoe": (64, 8, 0.01), "qwen3_moe": (128, 8, 0.001)}
+    defaults = {
+        "mixtral": (8, 2, 0.001), "olmoe": (64, 8, 0.01), "qwen2_moe": (60, 4, 0.001), "qwen3_moe": (128, 8, 0.001)
+    }  # fmt: skip
     if family not in defaults:
         return None
     experts, top_k, coef = defaults[family]
@@ -284,9 +297,20 @@ def _experts(r: Reader, family: str) -> MoEConfig | None:
     r.only("clip_qkv", why="clipping of queries, keys and values is not supported")
     if family == "mixtral":
         r.only("router_jitter_noise", 0, why="noise on the router's input is not supported; set it to 0")
-    width = r.size("moe_intermediate_size", 768) if family == "qwen3_moe" else r.size("intermediate_size")
+    if family in ("qwen2_moe", "qwen3_moe"):
+        width = r.size("moe_intermediate_size", 768 if family == "qwen3_moe" else 1408)
+    else:
+        width = r.size("intermediate_size")
+    shared = r.size("shared_expert_intermediate_size", 5632) if family == "qwen2_moe" else None
     renormalize = True if family == "mixtral" else r.flag("norm_topk_prob", False)
     if top_k > experts:
         r.problems.append(f"num_experts_per_tok {top_k}: there are {experts} experts")
         return None
-    return MoEConfig(num_experts=experts, ffn_dim=width, top_k=top_k, balance_coef=coef, renormalize=renormalize)
+    return MoEConfig(
+        num_experts=experts,
+        ffn_dim=width,
+        top_k=top_k,
+        balance_coef=coef,
+        renormalize=renormalize,
+        shared_ffn_dim=shared,
+    )

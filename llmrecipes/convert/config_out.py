@@ -206,9 +206,11 @@ def _attention(config: ModelConfig, family: str) -> dict[str, Any]:
         hf["mlp_bias"] = config.bias
     if family in ("mistral", "mixtral"):
         hf["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
+    if family == "qwen2_moe":
+        hf["qkv_bias"] = config.qkv_bias
+    if family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"):
         hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen2_moe"):
         hf |= _layer_types(config)
         # What older versions of transformers look at: right where the windows begin at one layer and go on.
         windowed = (i for i in range(config.num_layers) if config.window_of(i) is not None)
@@ -224,10 +226,13 @@ def _experts(config: ModelConfig, family: str) -> dict[str, Any]:
     hf |= {"output_router_logits": False}
     if family in ("mixtral", "olmoe"):
         hf["intermediate_size"] = moe.ffn_dim
+    experts = moe.num_experts or config.layer_experts[0]
     if family == "mixtral":
-        return hf | {"num_local_experts": moe.num_experts}
-    hf |= {"num_experts": moe.num_experts, "norm_topk_prob": moe.renormalize}
+        return hf | {"num_local_experts": experts}
+    hf |= {"num_experts": experts, "norm_topk_prob": moe.renormalize}
     if family == "olmoe":
         return hf
+    if moe.shared_ffn_dim is not None:
+        hf["shared_expert_intermediate_size"] = moe.shared_ffn_dim
     every, listed = config.moe_every, config.dense_layers or []
     return hf | {"moe_intermediate_size": moe.ffn_dim, "decoder_sparse_step": every, "mlp_only_layers": listed}

@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "bloom": "BloomForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
     "stablelm": "StableLmForCausalLM",
@@ -62,7 +63,6 @@ UNSUPPORTED = {
     "gpt_neo": "its attention is local in every other layer and not scaled",
     "gpt_neox_japanese": "its activation, dropout and biases have places of their own",
     "phimoe": "its router samples in training and its head has a bias",
-    "qwen2_moe": "its experts stand beside a shared one with a gate",
     "granitemoe": "the layout of its experts is not known here",
     "deepseek_v2": "keys and values are compressed (multi-head latent attention)",
     "deepseek_v3": "keys and values are compressed (multi-head latent attention)",
@@ -116,6 +116,8 @@ def _nearest(config: ModelConfig) -> str:
     if config.norm == "layer" or config.positions in ("alibi", "learned"):
         return _nearest_with_layer_norm(config)
     if config.moe is not None:
+        if config.moe.shared_ffn_dim is not None:
+            return "qwen2_moe"
         if not config.qk_norm:
             return "mixtral"
         return "qwen3_moe" if config.qk_norm_scope == "head" else "olmoe"
@@ -253,13 +255,17 @@ def _modern(config: ModelConfig, family: str) -> Iterator[str]:
         yield "embedding_norm: true"
     if config.bias and family not in MLP_BIAS:
         yield "bias: true"
-    if config.has_out_bias != config.qkv_bias and family != "qwen2":
+    if config.has_out_bias != config.qkv_bias and family not in ("qwen2", "qwen2_moe"):
         yield f"qkv_bias: {str(config.qkv_bias).lower()} beside out_bias: {str(config.has_out_bias).lower()}"
-    elif config.qkv_bias and family not in ATTENTION_BIAS and family != "qwen2":
+    elif config.has_out_bias and family == "qwen2_moe":
+        yield "out_bias: true"
+    elif config.qkv_bias and family not in ATTENTION_BIAS and family not in ("qwen2", "qwen2_moe"):
         yield "qkv_bias: true"
     if family == "olmo2" and not (config.qk_norm and config.qk_norm_scope == "all"):
         yield "norm_position: post without qk_norm of all heads together"
-    if config.qk_norm and config.qk_norm_scope == "all" and family not in ("olmoe", "olmo2"):
+    if config.qk_norm and family == "qwen2_moe":
+        yield "qk_norm: true beside moe.shared_ffn_dim"
+    elif config.qk_norm and config.qk_norm_scope == "all" and family not in ("olmoe", "olmo2"):
         yield "qk_norm_scope: all in a dense model"
     if config.qk_norm and family in ("gemma", "smollm3", "granite"):
         yield "qk_norm: true"
@@ -271,15 +277,21 @@ def _modern(config: ModelConfig, family: str) -> Iterator[str]:
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         if family in ("llama", "olmoe", "olmo2", "granite", "gemma"):
             yield f"sliding_window: {config.sliding_window}"
-        elif None in windows and family not in ("qwen2", "qwen3", "gemma3_text", "smollm3"):
+        elif None in windows and family not in ("qwen2", "qwen3", "qwen2_moe", "gemma3_text", "smollm3"):
             yield "window_layers: not all layers"
 
 
 def _experts(config: ModelConfig, family: str) -> Iterator[str]:
     if config.moe is None:
         return
-    if config.num_moe_layers != config.num_layers and family != "qwen3_moe":
+    if config.num_moe_layers != config.num_layers and family not in ("qwen2_moe", "qwen3_moe"):
         yield f"{config.num_layers - config.num_moe_layers} layers without experts"
+    if len(set(config.layer_experts)) > 1:
+        yield "moe.experts_per_layer: layers with different numbers of experts"
+    if config.moe.residual:
+        yield "moe.residual: true"
+    if config.moe.eval_capacity_factor is not None:
+        yield f"moe.eval_capacity_factor: {config.moe.eval_capacity_factor}, with which experts drop tokens"
     if config.moe.score != "softmax":
         yield f"moe.score: {config.moe.score}"
     if family == "mixtral" and not config.moe.renormalize:

@@ -137,7 +137,7 @@ def refuse_impossible(config: ModelConfig, available: Collection[str]) -> None:
     Raises:
         UserError: more layers or experts than tensors.
     """
-    experts = config.moe.num_experts if config.moe else 0
+    experts = (config.moe.num_experts or 0) if config.moe else 0
     if config.moe and any(name.endswith("experts.gate_up_proj") for name in available):
         experts = 0
     for what, number in (("layers", config.num_layers), ("experts", experts)):

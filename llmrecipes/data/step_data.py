@@ -98,6 +98,10 @@ class StepData(L.LightningDataModule):
         """Names of the validation sets."""
         return list(self._valid_sources)
 
+    def blank(self, batch: Batch, rows: np.ndarray) -> None:
+        """Leave nothing to be scored in ``rows``, a mask [B]."""
+        batch.labels[torch.from_numpy(rows)] = IGNORE
+
     # ---- facts
 
     @property
@@ -200,5 +204,5 @@ class ValidSet:
             beyond = sample >= self.num_windows
             window = np.minimum(sample, self.num_windows - 1) * len(self._source) // self.num_windows
             batch = self._data._collate([self._source], np.zeros_like(window), window)
-            batch.labels[torch.from_numpy(beyond)] = IGNORE
+            self._data.blank(batch, beyond)
             yield batch

@@ -183,7 +183,10 @@ def trajectory(cli: RecipeCLI) -> dict[str, Any]:
     recipe = yaml.safe_load(cli.resolved_recipe)
     model = recipe["model"]["init_args"]
     length = RunLength(cli.trainer.max_steps, cli.datamodule.tokens_per_step)
-    data = {k: v for k, v in recipe["data"]["init_args"].items() if k not in FREE_DATA_KEYS}
+    moe = cli.model.config.moe
+    # Which tokens are dropped depends on who is routed together.
+    decisive = ("micro_batch",) if moe is not None and moe.capacity_factor is not None else ()
+    data = {k: v for k, v in recipe["data"]["init_args"].items() if k not in FREE_DATA_KEYS or k in decisive}
     return {
         "seed": recipe["seed"],
         "model": {k: v for k, v in model.items() if k not in (*ROUNDING, "seed")},
@@ -214,8 +217,10 @@ def describe(cli: RecipeCLI, end: int) -> list[str]:
     """What is about to run up to step ``end``, for the log's first lines."""
     config, data, trainer = cli.model.config, cli.datamodule, cli.trainer
     sizes = f"model {config.num_params:,} parameters"
-    if config.moe:
-        sizes += f", {config.active_params:,} active ({config.moe.num_experts} experts, top {config.moe.top_k})"
+    if config.moe and config.layer_experts:
+        fewest, most = min(config.layer_experts), max(config.layer_experts)
+        experts = f"{most}" if fewest == most else f"{fewest} to {most}"
+        sizes += f", {config.active_params:,} active ({experts} experts, top {config.moe.top_k})"
     accumulation = data.global_batch // (data.micro_batch * data.data_ranks)
     strategy = trainer.strategy
     where = f"{trainer.world_size} x {strategy.root_device.type}"

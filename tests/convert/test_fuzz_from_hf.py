@@ -238,4 +238,4 @@ def test_every_key_of_every_family_with_every_odd_value():
                 read += 1
                 with contextlib.suppress(UserError):  # what its twin cannot have, such as a head_dim of its own
                     config_to_hf(config, 64)
-    assert len(ALL_FAMILIES) == 18 and read > 2000 and refused > 6000, (read, refused)
+    assert len(ALL_FAMILIES) == 19 and read > 2000 and refused > 6000, (read, refused)

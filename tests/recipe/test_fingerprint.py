@@ -96,3 +96,12 @@ def test_a_checkpoint_older_than_an_option_has_its_default():
     present["model"]["config"]["rotary_fraction"] = 0.5
     assert diff(with_later_defaults(recorded), present) == ["model.config.rotary_fraction: 1 -> 0.5"]
     assert with_later_defaults({}) == {} and with_later_defaults({"model": None}) == {"model": None}
+
+
+def test_with_a_capacity_the_micro_batch_decides_what_is_dropped():
+    def at(micro_batch: int) -> str:
+        data = _changed("model/init_args/config/moe/capacity_factor", 1.0)
+        data["data"]["init_args"]["micro_batch"] = micro_batch
+        return fingerprint(data)
+
+    assert at(4) != at(8) != fingerprint(_data())
