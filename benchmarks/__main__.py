@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("runs/bench/results.json"))
     parser.add_argument("--table", type=Path, default=None, help="Markdown file with the markers")
     parser.add_argument("--full", action="store_true", help="every group, more rounds and steps")
-    parser.add_argument("--only", nargs="*", default=[], help="groups whose name holds one of these, short or not")
+    parser.add_argument("--only", nargs="*", default=[], help="these groups (such as 'A bf16') or cases (A)")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--list", action="store_true")
     return parser.parse_args()
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
 def chosen(asked: argparse.Namespace) -> list[Group]:
     """The groups to run."""
     if asked.only:
-        return [group for group in groups() if any(part in group.key for part in asked.only)]
+        return [group for group in groups() if {group.key, group.case} & set(asked.only)]
     return [group for group in groups() if asked.full or group.short]
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inputs import ROWS, SEQ_LEN
+from benchmarks.inputs import READ_SEQ_LEN, ROWS, SEQ_LEN
 from benchmarks.paired import Group, Peer, Program
 from llmrecipes.recipe import ModelConfig, MoEConfig, read_recipe
 
@@ -19,10 +19,14 @@ TITLES = {
     "A": "dense step, 4,096 tokens",
     "B": "mixture-of-experts step, 8 experts, top 2, 4,096 tokens",
     "E": "from the start of the program to the end of the first step",
+    "F": "output layer and cross-entropy, vocabulary 56,320, width 512, 8,192 tokens, forward and backward",
+    "G": "reading and tokenizing",
 }
 TOKENS = ROWS * SEQ_LEN
 # Large tensors stay with the process instead of going back to the kernel after every use.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+HEAD_VOCAB, HEAD_DIM, HEAD_TOKENS = 56_320, 512, 8_192  # benchmarks.workers.head
+BLOCK, BATCH_ROWS = 500, 8  # benchmarks.workers.read_batches
 PRECISION = {"bf16": "bf16-mixed", "fp32": "32-true"}
 OVERLAYS = {"dense": ("dense",), "moe": ("dense", "moe"), "small": ("dense", "small")}
 
@@ -141,6 +145,65 @@ def start() -> list[Group]:
     return [Group("E", name, mine, peers, 1, "first steps", short=True, **once)]
 
 
+def head() -> list[Group]:
+    """Case F; memory is what the way takes beyond its operands."""
+    flops = 6.0 * HEAD_VOCAB * HEAD_DIM
+
+    def way(name: str, dtype: str, place: str = "{peers}") -> Program:
+        names = {"ours": "llmrecipes", "torch": "torch linear_cross_entropy", "litgpt": "litgpt, chunks of 128"}
+        command = (place, "-m", "benchmarks.workers.head", name, "--dtype", dtype, "--steps", "{steps}")
+        return Program(names.get(name, name), command)
+
+    found = []
+    for dtype in ("bf16", "fp32"):
+        peers = (
+            Peer(way("transformers", dtype), 1 / 0.55, 0.1),
+            Peer(way("litgpt", dtype)),
+            Peer(way("torch", dtype)),
+        )
+        mine = way("ours", dtype, "{ours}")
+        tokens: dict[str, Any] = {"work": HEAD_TOKENS, "unit": "tokens", "flops": flops, "relative": True}
+        found.append(Group("F", dtype, mine, peers, short=dtype == "bf16", **tokens))
+    return found
+
+
+def read() -> list[Group]:
+    """Case G, reading: rates, the first batch, and our memory on a tenth of the corpus."""
+
+    def way(name: str, corpus: str = "corpus", place: str = "{peers}") -> Program:
+        command = (place, "-m", "benchmarks.workers.read_batches", name, "--corpus", "{inputs}/" + corpus)
+        return Program("llmrecipes" if name == "ours" else name, (*command, "--steps", "{steps}"))
+
+    tokens = BLOCK * BATCH_ROWS * READ_SEQ_LEN
+    mine, tenth = way("ours", place="{ours}"), way("ours", "corpus_tenth", "{ours}")
+    peers = (Peer(way("litdata"), 3.0), Peer(way("datasets")), Peer(way("datatrove")))
+    same: dict[str, Any] = {"warmup": 2, "checks": 1, "tolerance": 0.01, "relative": True}
+    return [
+        Group("G", "read", mine, peers, tokens, "tokens", steps=6, short=True, **same),
+        Group("G", "read, first batch", mine, peers, 1, "first batches", measure="first", steps=1, **same),
+        Group("G", "read, a tenth of the corpus", tenth, (), tokens, "tokens", steps=6, **same),
+    ]
+
+
+def tokenize() -> list[Group]:
+    """Case G, tokenizing: MB of text to ids on disk."""
+
+    def way(name: str, tokenizer: str, place: str = "{peers}") -> Program:
+        command = (
+            place, "-m", "benchmarks.workers.tokenize_texts", name,
+            "--input", "{inputs}/texts.jsonl", "--tokenizer", "{inputs}/" + tokenizer, "--output", "{work}/{run}.ids",
+        )  # fmt: skip
+        return Program("llmrecipes data tokenize" if name == "ours" else name, command)
+
+    same: dict[str, Any] = {"warmup": 0, "steps": 1, "checks": 1, "tolerance": 0.0, "measure": "first"}
+    unigram = (Peer(way("bare", "unigram")),)
+    bpe = (Peer(way("bare", "bpe"), 1.0), Peer(way("datasets", "bpe")))
+    return [
+        Group("G", "tokenize, unigram", way("ours", "unigram", "{ours}"), unigram, 1, "MB", short=True, **same),
+        Group("G", "tokenize, BPE", way("ours", "bpe", "{ours}"), bpe, 1, "MB", **same),
+    ]
+
+
 def groups() -> list[Group]:
     """Every row, in the order of the table."""
-    return [*dense(), *experts(), *start()]
+    return [*dense(), *experts(), *start(), *head(), *read(), *tokenize()]

@@ -10,8 +10,10 @@ peers read the very batches that our DataModule makes of it, as ``.npy``.
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,25 +94,56 @@ def dump_batches(folder: Path, prefix: Path) -> None:
     np.save(folder / "batches.npy", np.stack(rows).astype(np.int32))
 
 
-def write_texts(folder: Path, megabytes: float) -> None:
-    """``texts.jsonl``: the demo corpus, so long; its tokenizers are trained by ``make_tokenizers``."""
+def write_texts(folder: Path, megabytes: float, given: Sequence[Path]) -> None:
+    """``texts.jsonl``: so much of the given JSONL files in equal parts, else of the demo corpus."""
     from data_prep.demo_corpus import demo
 
-    demo(str(folder / "demo"), documents=max(100, int(megabytes * 1_700)), overwrite=True)
+    files = list(given)
+    if not files:
+        demo(str(folder / "demo"), documents=max(100, int(megabytes * 1_700)), overwrite=True)
+        files = [path for path in sorted((folder / "demo").glob("*.jsonl")) if path.name != "questions.jsonl"]
     with (folder / "texts.jsonl").open("w", encoding="utf-8") as out:
-        for path in sorted((folder / "demo").glob("*.jsonl")):
-            if path.name == "questions.jsonl":
-                continue
-            with path.open(encoding="utf-8") as lines:
-                out.writelines(
-                    json.dumps({"text": json.loads(line)["text"]}, ensure_ascii=False) + "\n" for line in lines
-                )
+        for path in files:
+            left = megabytes * 1e6 / len(files)
+            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open() as lines:
+                for line in lines:
+                    left -= len(line.encode())
+                    if left < 0:
+                        break
+                    out.write(line)
+
+
+def make_tokenizers(folder: Path, vocab: int) -> None:
+    """``unigram``: ours, by SentencePiece; ``bpe``: byte-level BPE as GPT-2's, by tokenizers; of the same texts."""
+    import tokenizers
+
+    from data_prep.tokenizer import train_tokenizer
+
+    source = folder / "texts.jsonl"
+    train_tokenizer([str(source)], str(folder / "unigram"), vocab_size=vocab, sample_bytes=4_000_000)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    with source.open(encoding="utf-8") as lines:
+        sample = [json.loads(line)["text"] for line in itertools.islice(lines, 0, None, 20)]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(sample, trainer)
+    (folder / "bpe").mkdir()
+    bpe.save(str(folder / "bpe" / "tokenizer.json"))
 
 
 def main() -> None:
     """Make what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("runs/bench/inputs"))
+    parser.add_argument("--megabytes", type=float, default=30.0, help="of text")
+    parser.add_argument(
+        "--texts", type=Path, nargs="*", default=[], help="JSONL with a field text; absent = the demo's"
+    )
+    parser.add_argument("--vocab", type=int, default=4_000, help="of the tokenizers trained on them")
     asked = parser.parse_args()
     folder: Path = asked.to
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +155,11 @@ def main() -> None:
         dump_batches(folder, folder / "tokens")
     if not (folder / "corpus.json").exists():
         write_tokens(folder / "corpus", READ_TOKENS, seed=1)
+    if not (folder / "corpus_tenth.json").exists():
+        write_tokens(folder / "corpus_tenth", READ_TOKENS // 10, seed=2)
+    if not (folder / "bpe").exists():
+        write_texts(folder, asked.megabytes, asked.texts)
+        make_tokenizers(folder, asked.vocab)
     print(f"inputs in {folder}")
 
 

@@ -162,13 +162,13 @@ def run_program(
 
 
 def figures(record: Mapping[str, Any], work: float, measure: Measure) -> Figures:
-    """What one run's record says; the middle of its counted steps."""
+    """What one run's record says; the middle of its counted steps. A record may know its ``work`` itself."""
     units = record["units"]
     counted = units[:1] if measure == "first" else units[record["warmup"] :]
     if not counted:
         raise ValueError(f"{len(units)} records, {record['warmup']} of them warm-up: none is left to count")
     cpu, wall = (statistics.median(unit[clock] for unit in counted) for clock in ("cpu", "wall"))
-    rate = record.get("matmul_gflop_per_cpu_s")
+    rate, work = record.get("matmul_gflop_per_cpu_s"), record.get("work", work)
     return Figures(work / cpu, work / wall, cpu, wall, record["memory_mib"], rate)
 
 
