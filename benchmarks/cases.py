@@ -162,7 +162,7 @@ def head() -> list[Group]:
             Peer(way("torch", dtype)),
         )
         mine = way("ours", dtype, "{ours}")
-        tokens: dict[str, Any] = {"work": HEAD_TOKENS, "unit": "tokens", "flops": flops, "relative": True}
+        tokens: dict[str, Any] = {"work": HEAD_TOKENS, "unit": "tokens", "flops": flops, "relative": True, "warmup": 1}
         found.append(Group("F", dtype, mine, peers, short=dtype == "bf16", **tokens))
     return found
 

@@ -53,9 +53,9 @@ def aim_text(peer: Peer, speed: Ratio, memory: Ratio) -> str:
     """What was aimed at, and whether the medians reach it."""
     parts = []
     if peer.speed is not None:
-        parts.append(f"speed >= {peer.speed:g}: {'yes' if speed.median >= peer.speed else 'NO'}")
+        parts.append(f"speed >= {peer.speed:.3g}: {'yes' if speed.median >= peer.speed else 'NO'}")
     if peer.memory is not None:
-        parts.append(f"memory <= {peer.memory:g}: {'yes' if memory.median <= peer.memory else 'NO'}")
+        parts.append(f"memory <= {peer.memory:.3g}: {'yes' if memory.median <= peer.memory else 'NO'}")
     return "; ".join(parts)
 
 
@@ -80,7 +80,7 @@ def _cells(group: Group, found: Figures) -> list[str]:
         number(found.per_cpu),
         number(found.per_second),
         f"{found.cpu:.3g}",
-        f"{found.memory:,.0f}",
+        number(found.memory),
         "" if gflops is None else f"{gflops:,.0f}",
         "" if share is None else f"{share:.0%}",
     ]
