@@ -162,7 +162,14 @@ def head() -> list[Group]:
             Peer(way("torch", dtype)),
         )
         mine = way("ours", dtype, "{ours}")
-        tokens: dict[str, Any] = {"work": HEAD_TOKENS, "unit": "tokens", "flops": flops, "relative": True, "warmup": 1}
+        tokens: dict[str, Any] = {
+            "work": HEAD_TOKENS,
+            "unit": "tokens",
+            "flops": flops,
+            "relative": True,
+            "warmup": 1,
+            "steps": 2,
+        }
         found.append(Group("F", dtype, mine, peers, short=dtype == "bf16", **tokens))
     return found
 
