@@ -87,7 +87,6 @@ def recipe_part(config: ModelConfig, target: Path, with_tokenizer: bool) -> str:
     """``model.yaml``: the part of a recipe that says what to train and from where."""
     recipe: dict[str, object] = {
         "model": {
-            "class_path": "llmrecipes.modules.PretrainModule",
             "init_args": {
                 "config": asdict(config),
                 "expected_params": config.num_params,

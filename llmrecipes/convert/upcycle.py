@@ -120,7 +120,7 @@ def mixture_config(dense: ModelConfig, experts: int, top_k: int, renormalize: bo
         UserError: it is a mixture already, or its network has biases, which experts have not.
     """
     if dense.moe is not None:
-        raise UserError(f"upcycle: the model has {dense.moe.num_experts} experts already; it must be dense")
+        raise UserError(f"upcycle: the model has {max(dense.layer_experts)} experts already; it must be dense")
     if dense.bias:
         raise UserError("upcycle: the feed-forward network has biases (bias: true), which experts have not")
     assert dense.ffn_dim is not None

@@ -38,20 +38,20 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.dim)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.dim)
-        self.mlp: MLP | MoE = MoE(config) if config.is_moe_layer(layer) else MLP(config)
+        self.mlp: MLP | MoE = MoE(config, layer) if config.is_moe_layer(layer) else MLP(config)
         self.dropout = config.dropout
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def forward(
-        self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None
+        self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None, dropless: bool = False
     ) -> tuple[Tensor, Routing | None]:
         """Transform ``x`` [B, T, dim]; the second result is None for a dense layer."""
         x = x + self._drop(self.attention(self.attention_norm(x), context))
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
-            update, routing = self.mlp(normed, token_mask)
+            update, routing = self.mlp(normed, token_mask, dropless)
             return x + self._drop(update), routing
         return x + self._drop(self.mlp(normed)), None
 
@@ -106,6 +106,7 @@ class Decoder(nn.Module):
         document_lengths: list[list[int]] | None = None,
         token_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        dropless: bool = False,
     ) -> DecoderOutput:
         """Run the decoder.
 
@@ -115,13 +116,15 @@ class Decoder(nn.Module):
                 each other and positions restart at each; None = one document per row.
             token_mask: [B, T], True for real tokens; the others do not enter the routing statistics.
             cache: keys and values of earlier tokens; extended in place.
+            dropless: let experts take every token, whatever their capacity. Always so with a cache: which tokens are
+                dropped would depend on how many are computed at a time.
         """
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
         context = make_context(self.config, tokens, dtype, document_lengths, cache)
         x = self._embed(tokens, context)
         routings = []
         for block in self.layers:
-            x, routing = block(x, context, token_mask)
+            x, routing = block(x, context, token_mask, dropless or cache is not None)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

@@ -13,7 +13,9 @@ from llmrecipes.models.decoder import Decoder
 from llmrecipes.recipe.model_config import ModelConfig
 
 EMBEDDINGS = ("embed.weight", "position_embed.weight", "head.weight")
-RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight", "experts.down_proj")
+RESIDUAL_OUTPUTS = (
+    "attention.out.weight", "mlp.down.weight", "mlp.residual.down.weight", "mlp.shared.down.weight", "experts.down_proj"
+)  # fmt: skip
 
 
 def _std(name: str, tensor: Tensor, config: ModelConfig) -> float | None:
