@@ -51,9 +51,9 @@ def demo(output: str, documents: int = 20_000, seed: int = 0, overwrite: bool = 
     """Writes a small Japanese and English corpus about invented towns, people and arithmetic, and questions about it.
 
     Files: ja_towns, en_towns, ja_people, en_people, arithmetic (.jsonl: text, source, lang, domain, id, license) and
-    questions.jsonl (question, answer, cloze, lang, kind, held_out), chat.jsonl (messages) and preferences.jsonl (prompt,
-    chosen, rejected: the answer to another question of the kind) of those that are not held out. The same seed gives
-    the same bytes everywhere.
+    questions.jsonl (question, answer, cloze, lang, kind, held_out); of those that are not held out, chat.jsonl
+    (messages) and preferences.jsonl (prompt, chosen, rejected: the answer to another question of the kind). The same
+    seed gives the same bytes everywhere.
 
     Args:
         output: folder to write.

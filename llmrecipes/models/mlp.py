@@ -9,7 +9,7 @@ from llmrecipes.recipe.model_config import ModelConfig
 
 
 class MLP(nn.Module):
-    """``down(activation(up(x)))``; for SwiGLU gate and up are one projection ``gate_up`` (rows: gate, then up).
+    """``down(activation(up(x)))``; gated, gate and up are one projection ``gate_up`` (rows: gate, then up).
 
     Args:
         config: the decoder.
@@ -21,7 +21,8 @@ class MLP(nn.Module):
         ffn_dim = config.ffn_dim if ffn_dim is None else ffn_dim
         assert ffn_dim is not None
         self.kind = config.activation
-        if config.activation == "swiglu":
+        self.gated = config.maps_in == 2
+        if self.gated:
             self.gate_up = nn.Linear(config.dim, 2 * ffn_dim, bias=config.bias)
         else:
             self.up = nn.Linear(config.dim, ffn_dim, bias=config.bias)
@@ -29,5 +30,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., dim] to [..., dim]."""
-        projection = self.gate_up if self.kind == "swiglu" else self.up
+        projection = self.gate_up if self.gated else self.up
         return self.down(activation(projection(x), self.kind))
