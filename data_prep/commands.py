@@ -12,11 +12,12 @@ from llmrecipes.errors import UserError
 
 
 class Stage(NamedTuple):
-    """Where the function of a stage is, and what it does in one line."""
+    """Where the function of a stage is, what it does in one line, and the dataclass of its recipe if it reads one."""
 
     module: str
     function: str
     help: str
+    recipe: str | None = None
 
     def load(self) -> Callable[..., None]:
         """Imports the module and returns the function; its arguments are the options of the command."""
@@ -25,6 +26,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
+    "clean": Stage("data_prep.stages.clean", "clean", "clean Japanese or English documents by rules", "CleanConfig"),
     "demo": Stage("data_prep.demo_corpus", "demo", "write a small Japanese and English corpus about an invented world"),
     "tokenizer": Stage("data_prep.tokenizer", "train_tokenizer", "train a tokenizer and export it, verified"),
     "tokenize": Stage("data_prep.tokenize", "tokenize", "turn documents into token shards, in parallel, restartable"),
@@ -35,7 +37,7 @@ STAGES = {
 
 def help_text() -> str:
     """The stages, one a line."""
-    return "\n".join(f"  {name:<12} {stage.help}" for name, stage in STAGES.items())
+    return "\n".join(f"  {name:<20} {stage.help}" for name, stage in STAGES.items())
 
 
 def run(stage: str, args: Sequence[str]) -> None:
@@ -44,18 +46,41 @@ def run(stage: str, args: Sequence[str]) -> None:
     Raises:
         UserError: no such stage, or what the stage itself finds wrong.
     """
+    if args and f"{stage} {args[0]}" in STAGES:
+        stage, args = f"{stage} {args[0]}", args[1:]
+    if stage not in STAGES:
+        raise UserError(_no_such_stage(stage, args))
+    function = STAGES[stage].load()
+    if (recipe := STAGES[stage].recipe) is not None:
+        _run_recipe(stage, function, getattr(importlib.import_module(STAGES[stage].module), recipe), args)
+        return
     import jsonargparse
 
-    if stage not in STAGES:
-        import difflib
-
-        close = difflib.get_close_matches(stage, STAGES, n=1)
-        meant = f" - did you mean {close[0]!r}?" if close else f"; there are: {', '.join(STAGES)}"
-        raise UserError(f"data {stage}: no such stage{meant}")
-    function = STAGES[stage].load()
     jsonargparse.auto_cli(
         function, args=join_lists(function, args), as_positional=False, prog=f"llmrecipes data {stage}"
     )
+
+
+def _run_recipe(stage: str, function: Callable[..., None], kind: type, args: Sequence[str]) -> None:
+    """A stage whose options stand in a YAML file: `--config FILE [--key value ...]`."""
+    from data_prep.frame.config import help_text as keys
+    from data_prep.frame.config import read_config
+
+    if {"-h", "--help"} & set(args):
+        print(keys(kind, f"llmrecipes data {stage}", STAGES[stage].help))
+        raise SystemExit(0)
+    function(read_config(kind, args))
+
+
+def _no_such_stage(stage: str, args: Sequence[str]) -> str:
+    import difflib
+
+    if verbs := [name.partition(" ")[2] for name in STAGES if name.startswith(f"{stage} ")]:
+        said = f", not {args[0]!r}" if args and not args[0].startswith("-") else ""
+        return f"data {stage}: say what to do: {', '.join(verbs)}{said}"
+    close = difflib.get_close_matches(stage, STAGES, n=1)
+    meant = f" - did you mean {close[0]!r}?" if close else f"; there are: {', '.join(STAGES)}"
+    return f"data {stage}: no such stage{meant}"
 
 
 def join_lists(function: Callable[..., None], args: Sequence[str]) -> list[str]:
