@@ -27,6 +27,9 @@ class Stage(NamedTuple):
 
 STAGES = {
     "clean": Stage("data_prep.stages.clean", "clean", "clean Japanese or English documents by rules", "CleanConfig"),
+    "dedup": Stage(
+        "data_prep.stages.dedup", "dedup", "remove equal and near-equal documents across all files", "DedupConfig"
+    ),
     "demo": Stage("data_prep.demo_corpus", "demo", "write a small Japanese and English corpus about an invented world"),
     "tokenizer": Stage("data_prep.tokenizer", "train_tokenizer", "train a tokenizer and export it, verified"),
     "tokenize": Stage("data_prep.tokenize", "tokenize", "turn documents into token shards, in parallel, restartable"),

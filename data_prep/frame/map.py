@@ -46,23 +46,37 @@ AnyConfig = TypeVar("AnyConfig", bound=StageConfig)
 Judge = Callable[[list[Document]], list[Verdict]]
 
 
-def run_map(stage: str, config: AnyConfig, make: Callable[[AnyConfig], Judge]) -> Tally:
+def run_map(stage: str, config: AnyConfig, make: Callable[[AnyConfig, Shard], Judge]) -> Tally | None:
     """Runs a stage over all its files and writes the manifest once all are done.
 
     Args:
         stage: its name.
         config: its recipe.
-        make: module-level function that makes the judge of documents, once in each process.
+        make: module-level function that makes the judge of a file's documents.
+
+    Returns:
+        The counts, or None when files of other tasks are still to be done.
     """
     shards = find_shards(config.input)
-    output = open_output(stage, config, shards)
+    return map_pass(stage, config, make, shards, open_output(stage, config, shards), {})
+
+
+def map_pass(
+    stage: str,
+    config: AnyConfig,
+    make: Callable[[AnyConfig, Shard], Judge],
+    shards: list[Shard],
+    output: Path,
+    more: dict[str, Any],
+) -> Tally | None:
+    """As :func:`run_map`, for a stage with passes before this one; `more` goes into the manifest."""
     counts = run_shards(functools.partial(_map_file, make), stage, config, shards, output)
-    tally = Tally()
     if counts is None:
-        return tally
+        return None
+    tally = Tally()
     for shard in shards:
         tally.merge(Tally.from_json(counts[shard.name]), config.samples)
-    write_manifest(stage, config, shards, output, tally, {})
+    write_manifest(stage, config, shards, output, tally, more)
     return tally
 
 
@@ -83,15 +97,15 @@ def write_manifest(
     }
     write_json(output / "manifest.json", manifest)
     print(tally.table(tokens=config.tokenizer is not None))
-    seconds = cpu_seconds(stage, shards, output)
+    seconds = cpu_seconds(output)
     print(f"{output}: done, {tally.read.num_bytes / 1e6 / max(seconds, 1e-3):.1f} MB per CPU-second")
 
 
 def _map_file(
-    make: Callable[[Any], Judge], config: StageConfig, shard: Shard, output: Path, advance: Advance
+    make: Callable[[Any, Shard], Judge], config: StageConfig, shard: Shard, output: Path, advance: Advance
 ) -> dict[str, Any]:
     """One file: reads, judges in batches, writes what is kept."""
-    judge, count = make(config), token_counter(config.tokenizer)
+    judge, count = make(config, shard), token_counter(config.tokenizer)
     tally, batch, size = Tally(), list[Document](), 0
     with JsonlWriter(result_file(output, shard, config.format), config.format) as writer:
 

@@ -198,10 +198,10 @@ def _read_mark(mark: Path) -> dict[str, Any] | None:
     return json.loads(mark.read_text())["counts"] if mark.is_file() else None
 
 
-def cpu_seconds(name: str, shards: list[Shard], output: Path) -> float:
-    """CPU time that a finished pass took, over all processes and runs."""
-    marks = [output / ".done" / name / f"{shard.name}.json" for shard in shards]
-    return sum(json.loads(mark.read_text())["cpu_seconds"] for mark in marks)
+def cpu_seconds(output: Path) -> float:
+    """CPU time of all finished passes over files, over all processes and runs."""
+    marks = [json.loads(mark.read_text()) for mark in (output / ".done").rglob("*.json")]
+    return sum(mark.get("cpu_seconds", 0) for mark in marks)
 
 
 def _task(task: str | None) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from data_prep.frame.chance import unit
 from data_prep.frame.config import Finding, StageConfig
 from data_prep.frame.map import Judge, Verdict, run_map
 from data_prep.frame.records import Document
+from data_prep.frame.shards import Shard
 from data_prep.rules import english, language, lines, personal, repetition
 from data_prep.rules.unicode import normalize
 from llmrecipes.errors import UserError
@@ -113,7 +114,7 @@ def clean(config: CleanConfig) -> None:
     run_map("clean", config, make_judge)
 
 
-def make_judge(config: CleanConfig) -> Judge:
+def make_judge(config: CleanConfig, _: Shard) -> Judge:
     """The judge of single documents: a pure function of the text and the recipe."""
     trims, checks = _trims(config), _checks(config)
     of_language = _language_check(config)

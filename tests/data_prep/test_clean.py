@@ -1,12 +1,14 @@
 """The rules of cleaning: a table of planted lines and documents for each, and what must not be hurt."""
 
 import unicodedata
+from pathlib import Path
 
 import pytest
 from stages import manifest, run_stage, texts, write
 
 from data_prep.frame.config import read_config
 from data_prep.frame.records import Document
+from data_prep.frame.shards import Shard
 from data_prep.rules import english, language, lines, personal, repetition
 from data_prep.rules.unicode import normalize
 from data_prep.stages.clean import CleanConfig, make_judge
@@ -16,7 +18,7 @@ GOOD = "今日は朝から雨が降っていたので、家で本を読んで過
 
 def judge(text, **values):
     words = ["--input=[a]", "--output=b", *(f"--{key}={value}" for key, value in values.items())]
-    [verdict] = make_judge(read_config(CleanConfig, words))([Document(text, 0, {}, 1, b"")])
+    [verdict] = make_judge(read_config(CleanConfig, words), Shard(Path("a"), "a"))([Document(text, 0, {}, 1, b"")])
     return verdict
 
 
