@@ -210,13 +210,13 @@ def _priority(name: str, best_first: list[str]) -> int:
 
 
 def decide(documents: Signatures, priority: np.ndarray, near: MinHash | None) -> Plan:
-    """Which documents stay: best source first, then the longest, then by hash; the same for every order of documents."""
+    """Which documents stay: best source first, then the longest, then by hash; their order does not matter."""
     count = len(documents.line)
     kept, similarity = np.arange(count), np.ones(count)
     order = np.lexsort((np.arange(count), documents.tie, documents.exact, -documents.length, priority))
     # Equal texts: the first in order stands for all.
-    _, first, group = np.unique(documents.exact[order], return_index=True, return_inverse=True)
-    kept[order] = order[first[group]]
+    _, first, member = np.unique(documents.exact[order], return_index=True, return_inverse=True)
+    kept[order] = order[first[member]]
     if near is None or not count:
         return Plan(kept, similarity)
     distinct = order[kept[order] == order]
@@ -231,8 +231,8 @@ def decide(documents: Signatures, priority: np.ndarray, near: MinHash | None) ->
             if agree[best] >= near.threshold:
                 kept[document], similarity[document] = distinct[others[best]], agree[best]
                 continue
-        for group in its_groups:
-            standing.setdefault(group, []).append(place)
+        for joined in its_groups:
+            standing.setdefault(joined, []).append(place)
     # An equal text of a near duplicate follows it to the document that is kept.
     return Plan(kept[kept], similarity * similarity[kept])
 
@@ -287,7 +287,7 @@ def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """An .npz file, whole or not at all."""
     partial = partial_name(file)
     with partial.open("wb") as stream:
-        np.savez(stream, **arrays)
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(file)

@@ -105,7 +105,9 @@ def test_duplicates_in_different_files_go_and_are_mapped(tmp_path):
     assert kept.count(base[5]) == 1 and longer in kept and base[3] not in kept
     found = manifest(tmp_path / "out")
     assert found["rejected"]["equal"]["documents"] >= 1 and found["rejected"]["near_duplicate"]["documents"] >= 1
-    rows = list(csv.DictReader(gzip.open(tmp_path / "out" / "removed.csv.gz", "rt")))
+    rows = list(
+        csv.DictReader(gzip.decompress((tmp_path / "out" / "removed.csv.gz").read_bytes()).decode().splitlines())
+    )
     assert {"removed_file": "a", "removed_line": "4", "kept_file": "b", "kept_line": "3"}.items() <= next(
         row for row in rows if row["removed_line"] == "4" and row["removed_file"] == "a"
     ).items()
