@@ -26,10 +26,27 @@ class Stage(NamedTuple):
 
 
 STAGES = {
+    "import": Stage(
+        "data_prep.stages.importing", "run", "parquet, CSV, text, wiki40b, dataset folders to JSONL", "ImportConfig"
+    ),
     "clean": Stage("data_prep.stages.clean", "clean", "clean Japanese or English documents by rules", "CleanConfig"),
     "dedup": Stage(
         "data_prep.stages.dedup", "dedup", "remove equal and near-equal documents across all files", "DedupConfig"
     ),
+    "noise train": Stage(
+        "data_prep.stages.noise", "train", "train a classifier of noise from labelled texts", "NoiseTrainConfig"
+    ),
+    "noise evaluate": Stage(
+        "data_prep.stages.noise", "evaluate", "score a classifier of noise on other labels", "NoiseTrainConfig"
+    ),
+    "noise apply": Stage("data_prep.stages.noise", "apply", "drop documents that are surely noise", "NoiseApplyConfig"),
+    "noise export": Stage(
+        "data_prep.stages.noise", "export", "choose the documents most worth labelling", "NoiseExportConfig"
+    ),
+    "decontaminate": Stage(
+        "data_prep.stages.decontaminate", "run", "find and drop what stands in evaluation sets", "DecontaminateConfig"
+    ),
+    "mix": Stage("data_prep.stages.mix", "mix", "mix sources by tokens into stages, hold out validation", "MixConfig"),
     "demo": Stage("data_prep.demo_corpus", "demo", "write a small Japanese and English corpus about an invented world"),
     "tokenizer": Stage("data_prep.tokenizer", "train_tokenizer", "train a tokenizer and export it, verified"),
     "tokenize": Stage("data_prep.tokenize", "tokenize", "turn documents into token shards, in parallel, restartable"),

@@ -34,12 +34,14 @@ class Verdict:
         reason: why it is rejected, in one word; None keeps it.
         trimmed: characters that each rule cut out of it (negative: put in).
         added: fields to add to its record.
+        notes: what the manifest should count about it.
     """
 
     text: str
     reason: str | None = None
     trimmed: dict[str, int] = field(default_factory=dict)
     added: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 AnyConfig = TypeVar("AnyConfig", bound=StageConfig)
@@ -148,6 +150,8 @@ def _settle(
 ) -> None:
     before = Flow(1, len(document.text), document.num_bytes, count(document.text))
     tally.read.add(before)
+    for note in verdict.notes:
+        tally.notes[note] = tally.notes.get(note, 0) + 1
     if verdict.reason is not None:
         tally.reject(verdict.reason, before, verdict.text or document.text, config.samples)
         return

@@ -40,6 +40,7 @@ class Tally:
         samples: for each reason, the (hash, text) of a few documents, chosen by their hash.
         problems: the first broken lines, `file:line: why`.
         num_problems: how many there are.
+        notes: how often a stage noted something about a document.
     """
 
     read: Flow = field(default_factory=Flow)
@@ -49,6 +50,7 @@ class Tally:
     samples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     num_problems: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
 
     def reject(self, reason: str, flow: Flow, text: str, num_samples: int) -> None:
         """Counts a rejected document."""
@@ -86,6 +88,8 @@ class Tally:
             self._sample(reason, texts, num_samples)
         self.problems = (self.problems + other.problems)[:NUM_PROBLEMS]
         self.num_problems += other.num_problems
+        for note, count in other.notes.items():
+            self.notes[note] = self.notes.get(note, 0) + count
 
     def check(self) -> None:
         """Asserts that everything is accounted for: read = kept + rejected, less what was trimmed."""
@@ -112,6 +116,7 @@ class Tally:
             samples={reason: [(h, text) for h, text in texts] for reason, texts in data["samples"].items()},
             problems=list(data["problems"]),
             num_problems=data["num_problems"],
+            notes=dict(data["notes"]),
         )
 
     def table(self, tokens: bool) -> str:
@@ -132,4 +137,4 @@ class Tally:
         return "\n".join(lines)
 
 
-_BY_REASON = ("rejected", "trimmed", "samples")
+_BY_REASON = ("rejected", "trimmed", "samples", "notes")

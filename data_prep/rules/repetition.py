@@ -44,7 +44,7 @@ def repeated_ngram(text: str) -> int | None:
     for n, limit in LIMITS.items():
         if n > len(ids):
             return None
-        hashes = _hashes(ids, n)
+        hashes = ngram_hashes(ids, n)
         share = (_top_share if n <= 4 else _duplicated_share)(hashes, ends, n, limit * total)
         if share > limit * total:
             return n
@@ -53,10 +53,10 @@ def repeated_ngram(text: str) -> int | None:
     return None
 
 
-def words(text: str) -> tuple[np.ndarray, np.ndarray]:
+def words(text: str, signs: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Hash [W] and length [W] of every word: a run of hiragana, katakana, kanji, or Latin letters and digits.
 
-    Other signs are words of their own, spaces are none.
+    Other signs are words of their own (unless `signs` is False), spaces are none.
     """
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     kinds = _kinds()[np.minimum(codes, 0xFFFF)]
@@ -73,7 +73,7 @@ def words(text: str) -> tuple[np.ndarray, np.ndarray]:
     mixed *= _FACTOR
     mixed ^= mixed >> np.uint64(31)
     mixed *= _FACTOR
-    is_word = kinds[starts] != _SPACE
+    is_word = kinds[starts] != _SPACE if signs else kinds[starts] < _SIGN
     return np.add.reduceat(mixed, starts)[is_word], lengths[is_word]
 
 
@@ -91,7 +91,7 @@ def _kinds() -> np.ndarray:
     return table
 
 
-def _hashes(ids: np.ndarray, n: int) -> np.ndarray:
+def ngram_hashes(ids: np.ndarray, n: int) -> np.ndarray:
     """A 64-bit hash of every n-gram [W - n + 1]."""
     size = len(ids) - n + 1
     hashes = ids[:size].copy()
