@@ -235,23 +235,23 @@ def _spool(config: MixConfig, shard: Shard, output: Path, advance: Advance) -> d
     return places
 
 
-def _write_file(config: MixConfig, file: Shard, output: Path, advance: Advance) -> dict[str, Any]:
+def _write_file(config: MixConfig, shard: Shard, output: Path, advance: Advance) -> dict[str, Any]:
     """One result file, its documents drawn from the spools in the order of the plan."""
     shards, _ = _source_shards(config)
-    with np.load(file.path) as plan:
+    with np.load(shard.path) as plan:
         order = plan["shard"].tolist()
     streams: dict[int, Callable[[], bytes]] = {}
     opened = []
     for number in set(order):
         mark = json.loads((output / ".done" / "spool" / f"{shards[number].name}.json").read_text())
         stream = (output / ".done" / "spool-data" / shards[number].name).open("rb")
-        stream.seek(mark["counts"][file.name])
+        stream.seek(mark["counts"][shard.name])
         opened.append(stream)
         streams[number] = stream.readline
-    with JsonlWriter(output / f"{file.name}{ENDINGS[config.format]}", config.format) as writer:
+    with JsonlWriter(output / f"{shard.name}{ENDINGS[config.format]}", config.format) as writer:
         for number in order:
             writer.write_line(streams[number]().removesuffix(b"\n"))
     for stream in opened:
         stream.close()
-    advance(file.path.stat().st_size)
+    advance(shard.path.stat().st_size)
     return {"documents": len(order)}
