@@ -47,7 +47,35 @@ STAGES = {
         "data_prep.stages.decontaminate", "run", "find and drop what stands in evaluation sets", "DecontaminateConfig"
     ),
     "mix": Stage("data_prep.stages.mix", "mix", "mix sources by tokens into stages, hold out validation", "MixConfig"),
+    "cluster": Stage(
+        "data_prep.stages.cluster", "cluster", "documents into genres, large ones capped", "ClusterConfig"
+    ),
+    "ask-llm": Stage(
+        "data_prep.stages.ask_llm", "ask_llm", "score documents by a language model, keep the best", "AskLlmConfig"
+    ),
     "demo": Stage("data_prep.demo_corpus", "demo", "write a small Japanese and English corpus about an invented world"),
+    "tokenizer build": Stage(
+        "data_prep.stages.vocabulary", "build", "separate vocabularies, merged, scored, exported", "VocabularyConfig"
+    ),
+    "tokenizer parts": Stage(
+        "data_prep.stages.vocabulary",
+        "parts",
+        "build, first step: one vocabulary for each language",
+        "VocabularyConfig",
+    ),
+    "tokenizer merge": Stage(
+        "data_prep.stages.vocabulary", "merge", "build, second step: one vocabulary of all", "VocabularyConfig"
+    ),
+    "tokenizer reestimate": Stage(
+        "data_prep.stages.vocabulary", "reestimate", "build, third step: scores by EM on raw text", "VocabularyConfig"
+    ),
+    "tokenizer export": Stage(
+        "data_prep.stages.vocabulary", "export_scored", "build, last step: export, verified", "VocabularyConfig"
+    ),
+    "tokenizer stats": Stage("data_prep.tokenizer_stats", "stats", "characters per token of tokenizers on texts"),
+    "tokenizer train": Stage(
+        "data_prep.tokenizer", "train_tokenizer", "one vocabulary of all text, exported, verified"
+    ),
     "tokenizer": Stage("data_prep.tokenizer", "train_tokenizer", "train a tokenizer and export it, verified"),
     "tokenize": Stage("data_prep.tokenize", "tokenize", "turn documents into token shards, in parallel, restartable"),
     "stats": Stage("data_prep.inspect_shards", "stats", "count and verify token shards"),

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llmrecipes.errors import UserError
@@ -52,6 +53,11 @@ class StageConfig:
     task: str | None = None
     overwrite: bool = False
 
+    @property
+    def reads_conversations(self) -> bool:
+        """Whether the field holds a list of messages instead of a text."""
+        return False
+
     def problems(self) -> Iterator[Finding]:
         """What is wrong beyond the types of the fields; stages add their own rules."""
         if self.workers < 1:
@@ -61,21 +67,28 @@ class StageConfig:
         if not self.input:
             yield ("input",), "input: the list is empty", "name one or more .jsonl, .jsonl.gz, .jsonl.zst files"
 
+    def missing(self) -> Iterator[Finding]:
+        """Models and lists that are named and not there."""
+        if self.tokenizer is not None and not Path(self.tokenizer).is_dir():
+            yield ("tokenizer",), f"tokenizer: {self.tokenizer}: no such folder", "make one with data tokenizer"
+
 
 def content(config: Any) -> dict[str, Any]:
     """What of a recipe decides the bytes of the results."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_CONTENT}
 
 
-def read_config(kind: type[Config], words: Sequence[str]) -> Config:
+def read_config(kind: type[Config], words: Sequence[str], files: bool = True) -> Config:
     """The recipe of a stage from `--config FILE` and `--key value...`; later ones win.
+
+    `files=False` does not look for the models and lists that it names.
 
     Raises:
         UserError: every mistake, each `file:line: what - hint`.
     """
-    files, overrides = _words(kind, words)
+    names, overrides = _words(kind, words)
     sources = Sources()
-    recipe = scan_recipe([typing.cast(Any, name) for name in files], overrides, sources)
+    recipe = scan_recipe([typing.cast(Any, name) for name in names], overrides, sources)
     checker = Checker(recipe.copy(), sources)
     symbol = sources.find(f"{kind.__module__}.{kind.__qualname__}")
     signature = sources.signature(symbol) if symbol else None
@@ -86,7 +99,7 @@ def read_config(kind: type[Config], words: Sequence[str]) -> Config:
     if found:
         raise UserError(*dict.fromkeys(map(str, found)))
     config = build(kind, _with_texts(recipe))
-    wrong = list(getattr(config, "problems", tuple)())
+    wrong = [*getattr(config, "problems", tuple)(), *(getattr(config, "missing", tuple)() if files else ())]
     if wrong:
         raise UserError(*(f"{recipe.where(path)}: {what} - {hint}" for path, what, hint in wrong))
     return config
@@ -121,14 +134,15 @@ def _with_texts(recipe: Recipe) -> dict[str, Any]:
     data = dict(recipe.data)
     for path, text in recipe.texts.items():
         key = str(path[0])
-        if len(path) == 1 and isinstance(data.get(key), int | float) and not isinstance(data[key], bool):
+        is_text = isinstance(data[key], int | float) or (data[key] is None and text not in ("null", "~", ""))
+        if len(path) == 1 and is_text and not isinstance(data[key], bool):
             data[key] = _Typed(text, data[key])
     return data
 
 
 @dataclass(frozen=True)
 class _Typed:
-    """A number on the command line, which a field of text takes as text: `--task 3`."""
+    """A number or comment on the command line, which a field of text takes as text: `--task 3`, `--template "# x"`."""
 
     text: str
     value: Any

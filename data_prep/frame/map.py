@@ -117,7 +117,9 @@ def _map_file(
             for document, verdict in zip(batch, verdicts, strict=True):
                 _settle(document, verdict, config, tally, writer, count)
 
-        for document in read_documents(shard.path, config.field, config.max_document_mb * 1e6, advance):
+        for document in read_documents(
+            shard.path, config.field, config.max_document_mb * 1e6, advance, config.reads_conversations
+        ):
             if isinstance(document, Broken):
                 count_broken(document, shard, tally, config.samples)
                 continue
@@ -164,7 +166,8 @@ def _settle(
     if verdict.text == document.text and not verdict.added:
         writer.write_line(document.raw)
         return
-    writer.write({**document.record, config.field: verdict.text, **verdict.added})
+    changed = {} if verdict.text == document.text else {config.field: verdict.text}
+    writer.write({**document.record, **changed, **verdict.added})
 
 
 def token_counter(folder: str | None) -> Callable[[str], int]:

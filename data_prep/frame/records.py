@@ -44,7 +44,11 @@ class Broken:
 
 
 def read_documents(
-    path: Path, field: str, max_bytes: float, advance: Callable[[int], None] | None = None
+    path: Path,
+    field: str,
+    max_bytes: float,
+    advance: Callable[[int], None] | None = None,
+    conversation: bool = False,
 ) -> Iterator[Document | Broken]:
     """Every line of a file, blank ones aside.
 
@@ -53,16 +57,17 @@ def read_documents(
         field: name of the field with the text.
         max_bytes: longer lines are `too_large`, and are never held in memory.
         advance: called with the number of (compressed) bytes consumed since the last call.
+        conversation: the field holds messages (role, content); the document's text is all of them.
     """
     for number, line in enumerate(_lines(path, max_bytes, advance), start=1):
         if isinstance(line, Broken):
             line.line = number
             yield line
         elif line and not line.isspace():
-            yield _document(line, field, number)
+            yield _document(line, field, number, conversation)
 
 
-def _document(line: bytes, field: str, number: int) -> Document | Broken:
+def _document(line: bytes, field: str, number: int, conversation: bool) -> Document | Broken:
     try:
         record = json.loads(line)
         if not isinstance(record, dict):
@@ -70,7 +75,9 @@ def _document(line: bytes, field: str, number: int) -> Document | Broken:
         if field not in record:
             has = ", ".join(list(record)[:8]) or "none"
             return Broken("no_text_field", f"no field {field!r} (fields here: {has})", number, len(line))
-        text = record[field]
+        text = _joined(record[field]) if conversation else record[field]
+        if text is None and conversation:
+            return Broken("no_conversation", f"field {field!r} is no list of role and content", number, len(line))
         if not isinstance(text, str):
             kind = type(text).__name__
             return Broken("text_is_no_string", f"field {field!r} is a {kind}, not a string", number, len(line))
@@ -82,6 +89,15 @@ def _document(line: bytes, field: str, number: int) -> Document | Broken:
     if not text or text.isspace():
         return Broken("empty", "no text", number, len(line))
     return Document(text, num_bytes, record, number, line)
+
+
+def _joined(messages: Any) -> str | None:
+    """The messages of a conversation as one text; None for what is none."""
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        return None
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _lines(path: Path, max_bytes: float, advance: Callable[[int], None] | None) -> Iterator[bytes | Broken]:

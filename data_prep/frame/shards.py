@@ -201,7 +201,7 @@ def _read_mark(mark: Path) -> dict[str, Any] | None:
 def cpu_seconds(output: Path) -> float:
     """CPU time of all finished passes over files, over all processes and runs."""
     marks = [json.loads(mark.read_text()) for mark in (output / ".done").rglob("*.json")]
-    return sum(mark.get("cpu_seconds", 0) for mark in marks)
+    return sum(mark.get("cpu_seconds", 0) for mark in marks if isinstance(mark, dict))
 
 
 def _task(task: str | None) -> tuple[int, int]:

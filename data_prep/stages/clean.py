@@ -96,17 +96,21 @@ class CleanConfig(StageConfig):
     gopher: bool = False
 
     def problems(self) -> Iterator[Finding]:
-        """Rules that need another language, and word lists that are not there."""
+        """Rules that need another language."""
         yield from super().problems()
         if self.gopher and self.language != "en":
             yield ("gopher",), f"gopher: its rules count words between spaces, language is {self.language}", "remove it"
         if self.noun_share is not None and self.language != "ja":
             yield ("noun_share",), "noun_share: the segmenter knows Japanese only", "remove it, or say language: ja"
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            yield ("max_characters",), "max_characters is below min_characters", "make it larger, or null"
+
+    def missing(self) -> Iterator[Finding]:
+        """The lists of words."""
+        yield from super().missing()
         for number, words in enumerate(self.words):
             if not Path(words.file).is_file():
                 yield ("words", number, "file"), f"words: {words.file}: no such file", "name a file of one word a line"
-        if self.max_characters is not None and self.max_characters < self.min_characters:
-            yield ("max_characters",), "max_characters is below min_characters", "make it larger, or null"
 
 
 def clean(config: CleanConfig) -> None:

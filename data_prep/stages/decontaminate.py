@@ -40,10 +40,14 @@ class DecontaminateConfig(StageConfig):
     action: Literal["drop", "flag"] = "drop"
 
     def problems(self) -> Iterator[Finding]:
-        """Lengths that cannot be, and evaluation sets that are not there."""
+        """Lengths that cannot be."""
         yield from super().problems()
         if not 1 <= self.min_words <= self.ngram:
             yield ("min_words",), "min_words: between 1 and ngram", "write 8"
+
+    def missing(self) -> Iterator[Finding]:
+        """The evaluation sets."""
+        yield from super().missing()
         for number, name in enumerate(self.eval):
             if not Path(name).is_file():
                 yield ("eval", number), f"eval: {name}: no such file", "name a JSONL file"
