@@ -77,6 +77,7 @@ STAGES = {
         "data_prep.tokenizer", "train_tokenizer", "one vocabulary of all text, exported, verified"
     ),
     "tokenizer": Stage("data_prep.tokenizer", "train_tokenizer", "train a tokenizer and export it, verified"),
+    "estimate": Stage("data_prep.estimate", "estimate", "tokens of texts from a sample, with an error bar"),
     "tokenize": Stage("data_prep.tokenize", "tokenize", "turn documents into token shards, in parallel, restartable"),
     "stats": Stage("data_prep.inspect_shards", "stats", "count and verify token shards"),
     "inspect": Stage("data_prep.inspect_shards", "inspect", "show documents of a shard, piece by piece"),
