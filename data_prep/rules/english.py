@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+_LETTER = re.compile(r"[^\W\d_]")
 BULLETS = ("•", "‣", "-", "*", "◦", "●")
 
 
@@ -21,8 +24,9 @@ def gopher_reason(text: str) -> str | None:
         return "bullets"
     if sum(line.endswith(("...", "…")) for line in lines) / len(lines) > 0.3:
         return "ellipses"
-    if sum(any(c.isalpha() for c in word) for word in words) / len(words) < 0.8:
+    # Most words are letters only, which is quickly told; only where they are not enough is each word looked into.
+    if sum(map(str.isalpha, words)) / len(words) < 0.8 and len(list(filter(_LETTER.search, words))) / len(words) < 0.8:
         return "few_letters"
-    if len(STOP_WORDS.intersection(word.lower() for word in words)) < 2:
+    if len(STOP_WORDS.intersection(map(str.lower, set(words)))) < 2:
         return "no_stop_words"
     return None

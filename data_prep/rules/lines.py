@@ -8,6 +8,7 @@ from pathlib import Path
 
 SHORT_LINE = 40  # characters; a longer line with a web phrase in it is prose about something
 _DATE_SIGNS = re.compile("[:日年/月-]")
+_DATE_HINT = re.compile(r"\d\s*[-/.年月]|\d{4}")
 _DIGIT = re.compile(r"\d")
 # A line of nothing but a date, a time, and the labels that blog software puts around them.
 _DATE_LINE = re.compile(
@@ -28,6 +29,11 @@ def is_date_header(line: str) -> bool:
     """The rule of the source system: more than 5 digits among the first 20 characters, and a sign of a date or time."""
     head = line[:20]
     return len(_DIGIT.findall(head)) > 5 and _DATE_SIGNS.search(head) is not None
+
+
+def may_hold_date(text: str) -> bool:
+    """Whether `is_date_line` can be true of any line: if not, no line need be looked at."""
+    return _DATE_HINT.search(text) is not None
 
 
 def is_date_line(line: str) -> bool:

@@ -154,7 +154,7 @@ def _trims(config: CleanConfig) -> list[tuple[str, Trim]]:
     if config.date_header:
         trims.append(("date_header", _without_date_header))
     if config.date_lines:
-        trims.append(("date_lines", _line_filter(lambda line: not lines.is_date_line(line))))
+        trims.append(("date_lines", _without_date_lines))
     if (limit := config.one_character_share) is not None:
         trims.append(("one_character_lines", _line_filter(lambda line: not lines.is_one_character(line, limit))))
     if config.web_lines > 0:
@@ -266,6 +266,10 @@ def _line_filter(keep: Callable[[str], bool]) -> Trim:
         return text if len(after) == len(before) else "\n".join(after)
 
     return trim
+
+
+def _without_date_lines(text: str) -> str:
+    return _line_filter(lambda line: not lines.is_date_line(line))(text) if lines.may_hold_date(text) else text
 
 
 def _without_repeats(text: str) -> str:

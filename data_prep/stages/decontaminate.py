@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from data_prep.frame.map import Judge, Verdict, run_map
 from data_prep.frame.records import Document
 from data_prep.frame.shards import Shard
 from data_prep.rules.repetition import ngram_hashes, words
+from data_prep.rules.unicode import normalize
 from llmrecipes.errors import UserError
 
 
@@ -98,7 +98,7 @@ def make_judge(config: DecontaminateConfig, _: Shard) -> Judge:
 
 def words_of(text: str) -> np.ndarray:
     """Hashes of the words of a text [W], without signs, case and compatibility forms."""
-    return words(unicodedata.normalize("NFKC", text).lower(), signs=False)[0]
+    return words(normalize("NFKC", text).lower(), signs=False)[0]
 
 
 def read_items(config: DecontaminateConfig) -> Items:
