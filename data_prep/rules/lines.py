@@ -6,6 +6,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 SHORT_LINE = 40  # characters; a longer line with a web phrase in it is prose about something
 _DATE_SIGNS = re.compile("[:日年/月-]")
 _DATE_HINT = re.compile(r"\d\s*[-/.年月]|\d{4}")
@@ -41,15 +43,23 @@ def is_date_line(line: str) -> bool:
     return len(line) < 80 and _DIGIT.search(line) is not None and _DATE_LINE.fullmatch(line) is not None
 
 
-def is_one_character(line: str, share: float) -> bool:
-    """Whether one character makes up at least `share` of the line, spaces aside; never for fewer than 10 characters."""
-    if len(line) < 10:
-        return False
-    packed = "".join(line.split()) if " " in line else line
-    size, distinct = len(packed), set(packed)
-    if size < 10 or size - len(distinct) + 1 < share * size:  # even if all the rest were the same character
-        return False
-    return max(map(packed.count, distinct)) >= share * size
+def one_character_lines(text: str, share: float) -> set[int]:
+    """Numbers (from 0) of lines of which one character makes up at least `share`, spaces aside.
+
+    Lines of fewer than 10 characters are never among them: of those it cannot be told.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    line = np.cumsum(codes == 10)
+    solid = (codes > 32) & (codes != 0x3000) & (codes != 0xA0)
+    line, codes = line[solid], codes[solid]
+    if not len(line):
+        return set()
+    keys = (line.astype(np.uint64) << np.uint64(21)) | codes
+    keys.sort()
+    borders = np.concatenate(((0,), (keys[1:] != keys[:-1]).nonzero()[0] + 1, (len(keys),)))
+    of_line = (keys[borders[:-1]] >> np.uint64(21)).astype(np.int64)
+    sizes = np.bincount(line)[of_line]
+    return set(of_line[(sizes >= 10) & (borders[1:] - borders[:-1] >= share * sizes)].tolist())
 
 
 @cache
@@ -61,11 +71,15 @@ def web_phrases() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return ends, tuple(phrase for phrase in phrases if not phrase.startswith("$"))
 
 
+@cache
+def _web_hint() -> re.Pattern[str]:
+    ends, inside = web_phrases()
+    return re.compile("|".join(map(re.escape, sorted({*ends, *inside}))))
+
+
 def has_web_phrase(text: str) -> bool:
     """Whether any of the phrases stands anywhere: if not, no line need be looked at."""
-    ends, inside = web_phrases()
-    lowered = text.lower()
-    return any(map(lowered.__contains__, inside)) or any(map(lowered.__contains__, ends))
+    return _web_hint().search(text.lower()) is not None
 
 
 def is_web_line(line: str) -> bool:

@@ -122,7 +122,10 @@ def _duplicated_share(hashes: np.ndarray, ends: np.ndarray, n: int, limit: float
     longest = int((ends[n:] - ends[:-n]).max())
     if num_repeated * longest <= min(limit, min(LIMITS.values()) * int(ends[-1])):
         return 0
-    order = np.argsort(hashes, kind="stable")
+    values = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    places = np.minimum(np.searchsorted(values, hashes), len(values) - 1)
+    several = (values[places] == hashes).nonzero()[0]
+    order = several[np.argsort(hashes[several], kind="stable")]
     again = hashes[order[1:]] == hashes[order[:-1]]
     return _covered(order[1:][again], ends, n)
 

@@ -156,7 +156,7 @@ def _trims(config: CleanConfig) -> list[tuple[str, Trim]]:
     if config.date_lines:
         trims.append(("date_lines", _without_date_lines))
     if (limit := config.one_character_share) is not None:
-        trims.append(("one_character_lines", _line_filter(lambda line: not lines.is_one_character(line, limit))))
+        trims.append(("one_character_lines", lambda text: _without_lines(text, lines.one_character_lines(text, limit))))
     if config.web_lines > 0:
         trims.append(("web_lines", _web_line_filter(config.web_lines, config.seed)))
     if config.repeated_lines:
@@ -266,6 +266,12 @@ def _line_filter(keep: Callable[[str], bool]) -> Trim:
         return text if len(after) == len(before) else "\n".join(after)
 
     return trim
+
+
+def _without_lines(text: str, numbers: set[int]) -> str:
+    if not numbers:
+        return text
+    return "\n".join(line for number, line in enumerate(text.split("\n")) if number not in numbers)
 
 
 def _without_date_lines(text: str) -> str:

@@ -72,7 +72,8 @@ def test_date_lines(line, expected):
     ],
 )
 def test_lines_of_one_character(line, expected):
-    assert lines.is_one_character(line, 0.3) is expected
+    assert lines.one_character_lines(line, 0.3) == ({0} if expected else set())
+    assert lines.one_character_lines(f"{GOOD}\n \n{line}\nx", 0.3) == ({3} if expected else set())
 
 
 @pytest.mark.parametrize(
