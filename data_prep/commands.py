@@ -97,7 +97,8 @@ def run(stage: str, args: Sequence[str]) -> None:
     """
     if args and f"{stage} {args[0]}" in STAGES:
         stage, args = f"{stage} {args[0]}", args[1:]
-    if stage not in STAGES:
+    verbs = any(name.startswith(f"{stage} ") for name in STAGES)
+    if stage not in STAGES or (verbs and args and not args[0].startswith("-")):
         raise UserError(_no_such_stage(stage, args))
     function = STAGES[stage].load()
     if (recipe := STAGES[stage].recipe) is not None:

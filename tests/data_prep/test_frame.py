@@ -163,6 +163,29 @@ def test_killed_anywhere_and_restarted_gives_the_same_bytes(tmp_path):
     assert len(hashes(tmp_path / "whole")) == 5
 
 
+def test_a_killed_worker_is_named_and_a_restart_gives_the_same_bytes(tmp_path):
+    from killing import make
+
+    from data_prep.frame.map import run_map
+
+    for part in range(4):
+        write(tmp_path / "in" / f"{part}.jsonl", sentences(50, part))
+
+    def config(output):
+        words = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / output), "--workers", "2"]
+        return read_config(CleanConfig, words)
+
+    (tmp_path / "whole.died").touch()
+    run_map("test", config("whole"), make)
+    with pytest.raises(
+        UserError, match="a worker process died, perhaps for want of memory; run the same command again"
+    ):
+        run_map("test", config("killed"), make)
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    run_map("test", config("killed"), make)
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+
+
 def test_tasks_of_an_array_do_together_what_one_does(tmp_path, monkeypatch, capsys):
     for part in range(5):
         write(tmp_path / "in" / f"{part}.jsonl", sentences(20 + part, part))
@@ -248,7 +271,9 @@ def test_mistakes_in_a_recipe_are_named_all_at_once_with_their_lines(tmp_path, c
     assert main(["data", "clean", "--config", str(recipe)]) == 2
     shown = capsys.readouterr().err
     assert f"{recipe}:4: gopher" in shown and f"{recipe}:5: workers" in shown
-    assert main(["data", "noize"]) == 2
+    assert main(["data", "noize"]) == 2 and main(["data", "noise"]) == 2 and main(["data", "tokenizer", "bild"]) == 2
+    shown = capsys.readouterr().err
+    assert "say what to do: train, evaluate, apply, export" in shown and "not 'bild'" in shown
 
 
 def test_every_recipe_of_data_is_sound():
