@@ -117,10 +117,13 @@ def _top_share(hashes: np.ndarray, ends: np.ndarray, n: int, limit: float) -> in
 
 def _duplicated_share(hashes: np.ndarray, ends: np.ndarray, n: int, limit: float) -> int:
     """Characters in n-grams that occurred before, each character once; 0 when that cannot matter."""
+    # The last byte of a hash gives way to the length of its n-gram, so that sorting brings the lengths along.
+    lengths = ends[n:] - ends[:-n]
+    hashes = (hashes & ~np.uint64(0xFF)) | np.minimum(lengths, 0xFF).astype(np.uint64)
     ordered = np.sort(hashes)
-    num_repeated = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
-    longest = int((ends[n:] - ends[:-n]).max())
-    if num_repeated * longest <= min(limit, min(LIMITS.values()) * int(ends[-1])):
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]] & np.uint64(0xFF)
+    at_most = int(repeated.sum()) if not (repeated == 0xFF).any() else int(ends[-1])
+    if at_most <= min(limit, min(LIMITS.values()) * int(ends[-1])):
         return 0
     values = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     places = np.minimum(np.searchsorted(values, hashes), len(values) - 1)
