@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,11 @@ def command_of(path: Path) -> tuple[list[Path], list[str]]:
 def test_all_files_were_seen():
     on_disk = [p for p in ROOT.rglob("*") if p.is_file() and p.suffix in (".yaml", ".yml")]
     assert len(EVERY_FILE) == len(on_disk)
-    assert len(TRAINING) >= 4
+    assert len(TRAINING) >= 9
     names = {str(path) for path in TRAINING}
     for kind in ("dense", "moe"):  # each with its small twin
         assert {f"recipes/{kind}_pretrain.yaml", f"recipes/cpu/{kind}_pretrain.yaml"} <= names
+    assert {"recipes/prmoe_125m.yaml", "recipes/prmoe_350m.yaml", "recipes/cpu/prmoe_pretrain.yaml"} <= names
 
 
 @pytest.mark.parametrize("path", EVERY_FILE, ids=str)
@@ -123,7 +125,11 @@ def test_parsed_against_the_real_signatures(path):
 @pytest.mark.parametrize("path", TRAINING, ids=str)
 def test_numbers_in_the_header_belong_to_the_recipe(path):
     configs, overrides = command_of(path)
-    vocabulary = read_recipe(configs, overrides).data["model"]["init_args"]["config"]["vocab_size"]
+    model = read_recipe(configs, overrides).data["model"]["init_args"]
+    if "init_from" in model:
+        assert re.search(r"first loss (that of|near that of) ", header(path)["Expect"])
+        return
+    vocabulary = model["config"]["vocab_size"]
     (found,) = re.findall(r"first loss ln ([\d,]+) = ([\d.]+\d)", header(path)["Expect"])
     assert int(found[0].replace(",", "")) == vocabulary
     digits = len(found[1].partition(".")[2])
@@ -134,11 +140,11 @@ def model_config(name):
     return build_config(read_recipe([ROOT / name]).data["model"]["init_args"]["config"])
 
 
-@pytest.mark.parametrize("name", ["dense_pretrain.yaml", "moe_pretrain.yaml"])
+@pytest.mark.parametrize("name", ["dense_pretrain.yaml", "moe_pretrain.yaml", "prmoe_125m.yaml", "prmoe_350m.yaml"])
 def test_expected_parameters_are_met_and_a_slip_is_noticed(name, tmp_path):
     expected = read_recipe([ROOT / name]).data["model"]["init_args"]["expected_params"]
     assert model_config(name).num_params == expected
-    problems = check([ROOT / name], ["--model.init_args.config.num_layers", "24"], files=False)
+    problems = check([ROOT / name], ["--model.init_args.config.vocab_size", "60000"], files=False)
     assert any("not the expected" in str(problem) for problem in problems)
 
 
@@ -150,6 +156,30 @@ def test_the_source_documents_numbers():
     data = recipe["data"]["init_args"]
     assert data["global_batch"] * data["seq_len"] == 2_359_296
     assert recipe["trainer"]["max_steps"] * data["global_batch"] * data["seq_len"] == 147_456_000_000
+
+
+def test_the_published_numbers_of_pr_moe():
+    """DeepSpeed's PR-MoE-32/64 of 4 B parameters on a GPT of 350 M, and the source documents' small one."""
+    small, large = (read_recipe([ROOT / f"prmoe_{size}.yaml"]).data for size in ("125m", "350m"))
+    for recipe, rate in ((small, 6e-4), (large, 3e-4)):
+        init, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
+        tokens = data["global_batch"] * data["seq_len"]
+        assert abs(recipe["trainer"]["max_steps"] * tokens - 300e9) < tokens
+        schedule = init["schedule"]["init_args"]
+        assert schedule["warmup"] == "375M tokens" and schedule["decay"] is None
+        assert init["optimizer"]["init_args"]["lr"] == rate
+        assert rate * schedule["floor"] == pytest.approx(1e-6, rel=1e-5)
+    moe, config = model_config("prmoe_350m.yaml").moe, model_config("prmoe_350m.yaml")
+    assert config.layer_experts == [32] * 10 + [64] * 2 and (moe.top_k, moe.capacity_factor, moe.min_capacity) == (
+        1,
+        1,
+        4,
+    )
+    assert (config.num_params, config.active_params) == (4_114_499_608, 457_066_520)
+    dense = replace(config, moe=None)
+    assert dense.num_params == pytest.approx(350e6, rel=0.02)
+    assert model_config("prmoe_125m.yaml").layer_experts == [4] * 6
+    assert replace(model_config("prmoe_125m.yaml"), moe=None).num_params == pytest.approx(125e6, rel=0.01)
 
 
 def test_cpu_twins_are_a_fair_pair():

@@ -12,11 +12,11 @@ import yaml
 from torch import Tensor
 
 from llmrecipes.checkpoint import read_info
-from llmrecipes.convert.config_in import config_from_hf
+from llmrecipes.convert.config_in import read_config
 from llmrecipes.convert.consolidate import find_checkpoint
 from llmrecipes.convert.names import Part, has_no_twin, our_shapes
 from llmrecipes.convert.weight_files import WeightFiles
-from llmrecipes.convert.weights import find_parts, join
+from llmrecipes.convert.weights import find_parts, join, refuse_impossible
 from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder
 from llmrecipes.recipe.model_config import ModelConfig
@@ -51,6 +51,7 @@ class Source:
         generation: the parsed generation_config.json; {} when there is none.
         max_seq_len: longest text it was trained for, when known.
         shards: prefixes of the token shards it was trained on, when known.
+        left_out: keys of config.json that change no logits and are not known here.
     """
 
     folder: Path
@@ -62,11 +63,12 @@ class Source:
     generation: dict[str, Any] = field(default_factory=dict)
     max_seq_len: int | None = None
     shards: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def hf_names(self) -> str | None:
-        """The family whose names the files have, where it is not the one that the decoder is exported as."""
-        return "qwen" if self.hf.get("model_type") == "qwen" else None
+        """The family whose names the files have: not always the one that the decoder is exported as."""
+        return self.hf.get("model_type")
 
 
 class LoadedModel(NamedTuple):
@@ -123,11 +125,12 @@ def open_source(path: Path) -> Source:
 
 def _hugging_face(path: Path) -> Source:
     hf = _json(path / "config.json")
-    config = config_from_hf(hf)
+    config, left_out = read_config(hf)
     return Source(
         path,
         config,
         WeightFiles(path),
+        left_out=left_out,
         hugging_face=True,
         hf=hf,
         tokenizer=path if _has_tokenizer(path) else None,
@@ -204,6 +207,8 @@ class OurTensors:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        if source.hugging_face:
+            refuse_impossible(source.config, source.files.tensors)
         self.shapes = our_shapes(source.config)
         self.found: dict[str, list[tuple[Part, str]]] = {}
         if source.hugging_face:
@@ -258,7 +263,7 @@ def _has_tokenizer(path: Path) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a mapping")

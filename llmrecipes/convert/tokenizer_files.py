@@ -52,10 +52,10 @@ def generation_config(source: Source, tokenizer: Tokenizer | None) -> dict[str, 
         pad = tokenizer.piece_id("<pad>")
         found |= {key: i for key, i in (("bos_token_id", bos), ("pad_token_id", pad)) if i is not None}
     problems = [
-        f"{key} {one} is not one of the model's {source.config.vocab_size:,} ids: correct generation_config.json"
+        f"{key} {one!r} is not one of the model's {source.config.vocab_size:,} ids: correct generation_config.json"
         for key in _IDS
         for one in (found[key] if isinstance(found.get(key), list) else [found.get(key)])
-        if one is not None and not 0 <= one < source.config.vocab_size
+        if one is not None and (type(one) is not int or not 0 <= one < source.config.vocab_size)
     ]
     if problems:
         raise UserError(*(f"{source.folder}: {problem}" for problem in problems))

@@ -21,7 +21,7 @@ from llmrecipes.convert.folder import OurTensors, Source, load_decoder, open_sou
 from llmrecipes.convert.from_hf import how_to_train, write_model_folder
 from llmrecipes.convert.names import our_shapes
 from llmrecipes.convert.tokenizer_files import check_tokenizer
-from llmrecipes.convert.verify import in_fp32, random_tokens, tolerance
+from llmrecipes.convert.verify import random_tokens, tolerance, widened
 from llmrecipes.convert.writing import Planned, new_folder, write_tensors
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
@@ -120,7 +120,7 @@ def mixture_config(dense: ModelConfig, experts: int, top_k: int, renormalize: bo
         UserError: it is a mixture already, or its network has biases, which experts have not.
     """
     if dense.moe is not None:
-        raise UserError(f"upcycle: the model has {dense.moe.num_experts} experts already; it must be dense")
+        raise UserError(f"upcycle: the model has {max(dense.layer_experts)} experts already; it must be dense")
     if dense.bias:
         raise UserError("upcycle: the feed-forward network has biases (bias: true), which experts have not")
     assert dense.ffn_dim is not None
@@ -219,6 +219,6 @@ def _compare(source: Source, folder: Path, exact: bool) -> float:
 @torch.inference_mode()
 def _logits(source: Source, tokens: Tensor) -> Tensor:
     decoder = load_decoder(source)
-    with in_fp32(decoder):
+    with widened(decoder):
         hidden = decoder(tokens).hidden
     return F.linear(hidden, decoder.head_weight.float())[..., : source.config.vocab_size]

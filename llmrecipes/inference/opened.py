@@ -25,7 +25,7 @@ class Opened:
         codec: its tokenizer.
         vocab_size: ids that the tokenizer knows; later rows of the output layer only pad it and are never chosen.
         max_seq_len: longest text the model was made for, or None where nothing says so.
-        hard_limit: whether a longer text is impossible (learned positions), not merely unwise.
+        hard_limit: whether a longer text is impossible (learned positions, some stretched ones), not merely unwise.
     """
 
     name: str
@@ -63,9 +63,9 @@ def open_model(folder: str, dtype: str = "fp32", tokenizer: str | None = None) -
             f"{place}: a tokenizer of {codec.vocab_size} pieces, but {folder} has embeddings for "
             f"{loaded.config.vocab_size} only; this is not the tokenizer it was trained with"
         )
-    learned = loaded.config.positions == "learned"
-    limit = loaded.config.max_seq_len if learned else loaded.max_seq_len or loaded.config.max_seq_len
-    return Opened(folder, loaded.model.eval(), codec, min(rows, codec.vocab_size), limit, learned)
+    hard = loaded.config.longest_text
+    limit = hard or loaded.max_seq_len or loaded.config.max_seq_len
+    return Opened(folder, loaded.model.eval(), codec, min(rows, codec.vocab_size), limit, hard is not None)
 
 
 def _hugging_face(model: Path, tokenizer: Path, named: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The decoder: one class, of which Llama, Qwen, Mixtral, GPT-2 and BLOOM are configurations."""
+"""The decoder: one class, of which Llama, Qwen, Mixtral, GPT-2, GPT-NeoX and Gemma are configurations."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class DecoderOutput(NamedTuple):
     """The result of a forward pass.
 
     Attributes:
-        hidden: features after the final norm, [B, T, dim]. Logits are ``hidden @ head_weight.T``: large, so never
-            computed unasked.
+        hidden: features after the final norm, divided by ``logit_divisor``, [B, T, dim]. Logits are
+            ``hidden @ head_weight.T``: large, so never computed unasked.
         routing: statistics of each MoE layer, in order; empty for a dense model.
     """
 
@@ -31,29 +31,48 @@ class DecoderOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each on a normalised copy of the residual stream (pre-norm)."""
+    """Attention and feed-forward network, each on a normalised copy of the residual stream (pre-norm).
+
+    With ``norm_position: post`` what they give is normalised instead, with ``both`` it is too. With
+    ``parallel_residual`` both read the block's input.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config, config.dim)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.dim)
-        self.mlp: MLP | MoE = MoE(config) if config.is_moe_layer(layer) else MLP(config)
-        self.dropout = config.dropout
+        self.mlp: MLP | MoE = MoE(config, layer) if config.is_moe_layer(layer) else MLP(config)
+        both = config.norm_position == "both"
+        self.attention_post_norm = make_norm(config, config.dim) if both else None
+        self.mlp_post_norm = make_norm(config, config.dim) if both else None
+        self.post_only, self.parallel = config.norm_position == "post", config.parallel_residual
+        self.dropout, self.scale = config.dropout, config.residual_scale
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def _branch(self, update: Tensor, norm: nn.Module, post_norm: nn.Module | None) -> Tensor:
+        """What joins the residual stream, of the output of attention or of the feed-forward network."""
+        if self.post_only:
+            update = norm(update)
+        elif post_norm is not None:
+            update = post_norm(update)
+        if self.scale != 1.0:
+            update = update * self.scale
+        return F.dropout(update, self.dropout, self.training) if self.dropout else update
 
     def forward(
-        self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None
+        self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None, dropless: bool = False
     ) -> tuple[Tensor, Routing | None]:
         """Transform ``x`` [B, T, dim]; the second result is None for a dense layer."""
-        x = x + self._drop(self.attention(self.attention_norm(x), context))
-        normed = self.mlp_norm(x)
+        update = self.attention(x if self.post_only else self.attention_norm(x), context)
+        mixed = x + self._branch(update, self.attention_norm, self.attention_post_norm)
+        source = x if self.parallel else mixed
+        normed = source if self.post_only else self.mlp_norm(source)
+        routing = None
         if isinstance(self.mlp, MoE):
-            update, routing = self.mlp(normed, token_mask)
-            return x + self._drop(update), routing
-        return x + self._drop(self.mlp(normed)), None
+            update, routing = self.mlp(normed, token_mask, dropless)
+        else:
+            update = self.mlp(normed)
+        return mixed + self._branch(update, self.mlp_norm, self.mlp_post_norm), routing
 
 
 class Decoder(nn.Module):
@@ -87,17 +106,24 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # where weights are gathered in half precision: the residual stream stays in fp32 as without
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the type of the weights first, as transformers rounds it: with half precision it matters.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=self.embed.weight.dtype).item()
+        if self.config.longest_text is not None:
+            self._refuse_longer(context, self.config.longest_text)
         if self.position_embed is not None:
-            longest = self.position_embed.num_embeddings
-            last = max(context.lengths) if context.lengths else context.positions.shape[1]
-            if context.cache is not None:
-                last += context.cache.length
-                last -= 0 if context.cache.padding is None else int(context.cache.padding.min())
-            assert last <= longest, f"a document of {last} tokens, but positions are learned for {longest} only"
             x = x + self.position_embed(context.positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _refuse_longer(self, context: SequenceContext, longest: int) -> None:
+        last = max(context.lengths) if context.lengths else context.positions.shape[1]
+        if context.cache is not None:
+            last += context.cache.length
+            last -= 0 if context.cache.padding is None else int(context.cache.padding.min())
+        kind = "learned" if self.position_embed is not None else "known"
+        assert last <= longest, f"a document of {last} tokens, but positions are {kind} for {longest} only"
 
     def forward(
         self,
@@ -106,6 +132,7 @@ class Decoder(nn.Module):
         document_lengths: list[list[int]] | None = None,
         token_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        dropless: bool = False,
     ) -> DecoderOutput:
         """Run the decoder.
 
@@ -115,15 +142,20 @@ class Decoder(nn.Module):
                 each other and positions restart at each; None = one document per row.
             token_mask: [B, T], True for real tokens; the others do not enter the routing statistics.
             cache: keys and values of earlier tokens; extended in place.
+            dropless: let experts take every token, whatever their capacity. Always so with a cache: which tokens are
+                dropped would depend on how many are computed at a time.
         """
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
         context = make_context(self.config, tokens, dtype, document_lengths, cache)
         x = self._embed(tokens, context)
         routings = []
         for block in self.layers:
-            x, routing = block(x, context, token_mask)
+            x, routing = block(x, context, token_mask, dropless or cache is not None)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return DecoderOutput(self.norm(x), routings)
+        hidden = self.norm(x)
+        if self.config.logit_divisor != 1.0:
+            hidden = hidden / self.config.logit_divisor
+        return DecoderOutput(hidden, routings)

@@ -58,7 +58,7 @@ class _Batch:
             self.mask = None  # later columns are real in every row
         else:
             rows = [torch.tensor([text], device=self.device) for text in self.texts]
-            hidden = torch.cat([self.model(row).hidden[:, -1] for row in rows])
+            hidden = torch.cat([self.model(row, dropless=True).hidden[:, -1] for row in rows])
         return self.model.logits(hidden)
 
     def seen(self, vocab: int, device: torch.device) -> Tensor:
@@ -138,7 +138,7 @@ def generate_batch(
         device: that computes; None = where the embedding is (offloaded weights are elsewhere).
     """
     assert all(len(prompt) for prompt in prompts), "generation starts from at least one token"
-    limit = model.config.max_seq_len if model.config.positions == "learned" else None
+    limit = model.config.longest_text
     results = [Continuation() for _ in prompts]
     todo = {}
     for number, prompt in enumerate(prompts):

@@ -13,7 +13,9 @@ from llmrecipes.models.decoder import Decoder
 from llmrecipes.recipe.model_config import ModelConfig
 
 EMBEDDINGS = ("embed.weight", "position_embed.weight", "head.weight")
-RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight", "experts.down_proj")
+RESIDUAL_OUTPUTS = (
+    "attention.out.weight", "mlp.down.weight", "mlp.residual.down.weight", "mlp.shared.down.weight", "experts.down_proj"
+)  # fmt: skip
 
 
 def _std(name: str, tensor: Tensor, config: ModelConfig) -> float | None:
@@ -41,14 +43,14 @@ def init_weights(model: Decoder, seed: int) -> None:
 
     Matrices are N(0, weight_std), the maps that write into the residual stream divided by sqrt(2 num_layers) (GPT-2),
     embeddings and head N(0, embedding_std).
-    Norm weights are one, biases and the router's balancing bias zero. Each parameter has its own generator, seeded by
-    crc32(name) ^ seed, and is drawn in fp32 whatever its type.
+    Norm weights are one (zero where one is added to them), biases and the router's balancing bias zero. Each parameter
+    has its own generator, seeded by crc32(name) ^ seed, and is drawn in fp32 whatever its type.
     """
     config = model.config
     for name, parameter in model.named_parameters():
         std = _std(name, parameter, config)
         if std is None:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.fill_(0.0 if name.endswith("bias") or config.norm_plus_one else 1.0)
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
         drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

@@ -9,19 +9,26 @@ from llmrecipes.recipe.model_config import ModelConfig
 
 
 class MLP(nn.Module):
-    """``down(activation(up(x)))``; for SwiGLU gate and up are one projection ``gate_up`` (rows: gate, then up)."""
+    """``down(activation(up(x)))``; gated, gate and up are one projection ``gate_up`` (rows: gate, then up).
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: the decoder.
+        ffn_dim: hidden width; None = the decoder's.
+    """
+
+    def __init__(self, config: ModelConfig, ffn_dim: int | None = None) -> None:
         super().__init__()
-        assert config.ffn_dim is not None
+        ffn_dim = config.ffn_dim if ffn_dim is None else ffn_dim
+        assert ffn_dim is not None
         self.kind = config.activation
-        if config.activation == "swiglu":
-            self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
+        self.gated = config.maps_in == 2
+        if self.gated:
+            self.gate_up = nn.Linear(config.dim, 2 * ffn_dim, bias=config.bias)
         else:
-            self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+            self.up = nn.Linear(config.dim, ffn_dim, bias=config.bias)
+        self.down = nn.Linear(ffn_dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., dim] to [..., dim]."""
-        projection = self.gate_up if self.kind == "swiglu" else self.up
+        projection = self.gate_up if self.gated else self.up
         return self.down(activation(projection(x), self.kind))

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrecipes.models.capacity import dropped_pairs, expert_capacity
 from llmrecipes.models.dispatch import run_experts
+from llmrecipes.models.mlp import MLP
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
 
 
@@ -19,11 +21,12 @@ class Routing(NamedTuple):
     Returned, never accumulated by the module: a block recomputed under activation checkpointing counts once.
 
     Attributes:
-        counts: token-expert pairs of each expert, [E] int64, no gradient.
+        counts: token-expert pairs of each expert, [E] int64, no gradient; those that it had no room for included.
         prob_sum: sum of the router's probabilities, [E] fp32, with gradient.
         z_sum: sum of logsumexp(logits)^2, scalar, with gradient.
         entropy_sum: sum of the entropy of each token's probabilities (nats), scalar, no gradient.
         num_tokens: real tokens, scalar int64 tensor (no wait for the device).
+        dropped: pairs that their expert had no room for, scalar int64.
     """
 
     counts: Tensor
@@ -31,11 +34,13 @@ class Routing(NamedTuple):
     z_sum: Tensor
     entropy_sum: Tensor
     num_tokens: Tensor
+    dropped: Tensor
 
 
 class Router(nn.Module):
     """Chooses k experts per token: score all, choose by score + bias, weigh by the unbiased score.
 
+    With a capacity some of the choices come to nothing; weights are then made to sum to one over those that remain.
     ``bias`` [E] is a persistent buffer that only the choice sees (2408.15664); it stays fp32 under ``.bfloat16()``.
     """
 
@@ -43,7 +48,11 @@ class Router(nn.Module):
 
     def __init__(self, dim: int, moe: MoEConfig) -> None:
         super().__init__()
+        assert moe.num_experts is not None
         self.top_k, self.score, self.renormalize = moe.top_k, moe.score, moe.renormalize
+        self.capacity_factor, self.eval_capacity_factor = moe.capacity_factor, moe.eval_capacity_factor
+        self.min_capacity = 4 if moe.min_capacity is None else moe.min_capacity
+        self.drop_policy = moe.drop_policy or "random"
         self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
         self.register_buffer("bias", torch.zeros(moe.num_experts, dtype=torch.float32))
         nn.init.normal_(self.weight, std=0.02)
@@ -57,11 +66,22 @@ class Router(nn.Module):
             self.bias = on_device
         return self
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Routing]:
+    def factor(self, dropless: bool = False) -> float | None:
+        """The capacity factor in force; None where no pair is dropped."""
+        if dropless:
+            return None
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
+    def forward(
+        self, x: Tensor, token_mask: Tensor | None = None, dropless: bool = False
+    ) -> tuple[Tensor, Tensor, Routing]:
         """Route ``x`` [T, D]; ``token_mask`` [T] is True for real tokens, which alone enter the statistics.
 
+        ``dropless`` takes every pair, whatever the capacity.
+
         Returns:
-            weights [T, k] (fp32; fp64 for fp64 input), experts [T, k] int64, and the statistics.
+            weights [T, k] (fp32; fp64 for fp64 input), experts [T, k] int64, and the statistics. A dropped pair has
+            weight zero and expert E, which there is not.
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
@@ -73,9 +93,26 @@ class Router(nn.Module):
                 probs = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
             experts = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
             weights = scores.gather(-1, experts)
+            routing = _statistics(logits, probs, experts, token_mask)
+            factor = self.factor(dropless)
+            if factor is not None:
+                weights, experts, routing = self._drop(weights, experts, routing, token_mask, factor)
             if self.renormalize:
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-            return weights, experts, _statistics(logits, probs, experts, token_mask)
+            return weights, experts, routing
+
+    @torch.compiler.disable  # compiled code would draw other numbers
+    def _drop(
+        self, weights: Tensor, experts: Tensor, routing: Routing, token_mask: Tensor | None, factor: float
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """Leave out the pairs over capacity. Out of training a random order is the same every time."""
+        num_experts = len(self.weight)
+        generator = None if self.training else torch.Generator(weights.device).manual_seed(0)
+        capacity = expert_capacity(routing.num_tokens, num_experts, self.top_k, factor, self.min_capacity)
+        dropped = dropped_pairs(experts, weights, capacity, self.drop_policy, token_mask, generator)
+        real = dropped if token_mask is None else dropped & token_mask[:, None]
+        routing = routing._replace(dropped=real.sum())
+        return weights.masked_fill(dropped, 0.0), experts.masked_fill(dropped, num_experts), routing
 
 
 def _statistics(logits: Tensor, probs: Tensor, experts: Tensor, token_mask: Tensor | None) -> Routing:
@@ -84,15 +121,16 @@ def _statistics(logits: Tensor, probs: Tensor, experts: Tensor, token_mask: Tens
     with torch.no_grad():
         entropy = torch.special.entr(probs).sum(-1)
         pairs = experts.reshape(-1)
+    none = torch.zeros((), dtype=torch.int64, device=logits.device)
     if token_mask is None:
         counts = torch.bincount(pairs, minlength=num_experts)
         num_tokens = torch.full((), len(logits), dtype=torch.int64, device=logits.device)
-        return Routing(counts, probs.sum(0), squares.sum(), entropy.sum(), num_tokens)
+        return Routing(counts, probs.sum(0), squares.sum(), entropy.sum(), num_tokens, none)
     real = token_mask.to(probs.dtype)
     # padding is counted as expert E and cut off: no wait for the device as with a boolean index
     pairs = torch.where(token_mask[:, None], experts, num_experts).reshape(-1)
     counts = torch.bincount(pairs, minlength=num_experts + 1)[:num_experts]
-    return Routing(counts, real @ probs, real @ squares, real @ entropy, token_mask.sum())
+    return Routing(counts, real @ probs, real @ squares, real @ entropy, token_mask.sum(), none)
 
 
 class Experts(nn.Module):
@@ -105,31 +143,56 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
+        assert moe.num_experts is not None
         self.kind = config.activation
-        maps_in = 2 if config.activation == "swiglu" else 1
-        self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, maps_in * moe.ffn_dim, config.dim))
+        self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, config.maps_in * moe.ffn_dim, config.dim))
         self.down_proj = nn.Parameter(torch.empty(moe.num_experts, config.dim, moe.ffn_dim))
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
         # Replaced from outside where experts live on several processes.
         self.run: Callable[..., Tensor] = run_experts
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs for ``x`` [T, D]; ``weights``, ``experts`` [T, k]."""
-        return self.run(x, weights, experts, self.gate_up_proj, self.down_proj, self.kind)
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, may_drop: bool = False) -> Tensor:
+        """Weighted sum of the chosen experts' outputs for ``x`` [T, D]; ``weights``, ``experts`` [T, k].
+
+        With ``may_drop`` an expert may be E: nobody's, which adds nothing.
+        """
+        return self.run(x, weights, experts, self.gate_up_proj, self.down_proj, self.kind, may_drop)
 
 
 class MoE(nn.Module):
-    """A router and its experts, in place of the feed-forward network."""
+    """A router and its experts, in place of the feed-forward network, with what every token uses beside them.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: the decoder.
+        layer: its block, from 0.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
-        assert config.moe is not None
-        self.gate = Router(config.dim, config.moe)
-        self.experts = Experts(config, config.moe)
+        moe = config.moe_of(layer)
+        assert moe is not None
+        self.gate = Router(config.dim, moe)
+        self.experts = Experts(config, moe)
+        shared = moe.shared_ffn_dim
+        self.residual = MLP(config) if moe.residual else None
+        self.coefficient = nn.Linear(config.dim, 2) if moe.residual else None
+        self.shared = None if shared is None else MLP(config, shared)
+        self.shared_gate = None if shared is None else nn.Linear(config.dim, 1, bias=False)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Map ``x`` [B, T, D] to [B, T, D]; ``token_mask`` [B, T] is True for real tokens."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, dropless: bool = False) -> tuple[Tensor, Routing]:
+        """Map ``x`` [B, T, D] to itself; ``token_mask`` [B, T] is True for real tokens, ``dropless`` as in `Router`."""
         flat = x.reshape(-1, x.shape[-1])
-        weights, experts, routing = self.gate(flat, None if token_mask is None else token_mask.reshape(-1))
-        return self.experts(flat, weights, experts).view(x.shape), routing
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        weights, experts, routing = self.gate(flat, mask, dropless)
+        out = self.experts(flat, weights, experts, self.gate.factor(dropless) is not None)
+        return self._beside(flat, out).view(x.shape), routing
+
+    def _beside(self, x: Tensor, out: Tensor) -> Tensor:
+        """The experts' output ``out`` [T, D] together with that of the networks that every token uses."""
+        if self.residual is not None and self.coefficient is not None:
+            share = self.coefficient(x).softmax(-1)
+            out = out * share[:, :1] + self.residual(x) * share[:, 1:]
+        if self.shared is not None and self.shared_gate is not None:
+            out = out + self.shared_gate(x).sigmoid() * self.shared(x)
+        return out

@@ -1,6 +1,8 @@
 """LightningModules, one per stage; base.py holds the only optimizer step and the only division."""
 
 from llmrecipes.modules.base import StepModule, TrainingStopped
+from llmrecipes.modules.dpo import PreferenceModule
 from llmrecipes.modules.pretrain import PretrainModule
+from llmrecipes.modules.sft import SFTModule
 
-__all__ = ["PretrainModule", "StepModule", "TrainingStopped"]
+__all__ = ["PreferenceModule", "PretrainModule", "SFTModule", "StepModule", "TrainingStopped"]

@@ -17,7 +17,7 @@ from llmrecipes.models import Decoder, DecoderOutput, ModelConfig, Routing, init
 from llmrecipes.models.moe import MoE
 from llmrecipes.modules.base import StepModule
 from llmrecipes.modules.loss_terms import LossTerm
-from llmrecipes.modules.routing_stats import StepRouting, routing_figures
+from llmrecipes.modules.routing_stats import StepRouting, expert_counts, routing_figures
 from llmrecipes.modules.step_record import StepRecord
 from llmrecipes.optim import AdamW, Schedule
 
@@ -35,6 +35,8 @@ class PretrainModule(StepModule):
         loss_chunk: rows of the logits that exist at a time.
         init_from: folder or checkpoint whose weights the run begins with, of ``convert from-hf``, ``upcycle``,
             ``consolidate`` or another run; ``null`` = drawn from the seed.
+        compile: fuse what lies between the matrix products of each block (torch.compile; needs a C++ compiler on a
+            CPU): a faster step, for half a minute at the start.
         seed: of the initial weights and of dropout; linked to the recipe's ``seed``.
     """
 
@@ -47,9 +49,10 @@ class PretrainModule(StepModule):
         expected_params: int | None = None,
         loss_chunk: int = 1024,
         init_from: str | None = None,
+        compile: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(optimizer, schedule, clip_norm, seed)
+        super().__init__(optimizer, schedule, clip_norm, seed, compile)
         self.config = config
         self.loss_chunk = loss_chunk
         self.init_from = init_from
@@ -101,17 +104,18 @@ class PretrainModule(StepModule):
         moe = self.config.moe
         if moe is None:
             return
-        self._routing = StepRouting(counts["tokens"])
+        self._routing = StepRouting(counts["tokens"], self.config.layer_experts)
         if moe.balance == "loss" and moe.balance_counts == "step" and len(micro_batches) > 1:
             self._routing.known = all_reduce_sum(self._count_share(micro_batches))
 
     @torch.no_grad()
     def _count_share(self, micro_batches: list[Batch]) -> Tensor:
-        """Tokens per expert of this rank's share, [layers, E], by one more forward with the dropout to come."""
+        """Tokens per expert of this rank's share, [experts of all layers], by one more forward with the randomness to
+        come: dropout's and that of dropped tokens."""
         total: Tensor | None = None
         for i, batch in enumerate(micro_batches):
             self.seed_micro_batch(self.trainer.global_step, micro_batches[0].first_row // self.micro_batch + i)
-            counts = torch.stack([r.counts for r in self._forward(batch).routing])
+            counts = expert_counts(self._forward(batch).routing)
             total = counts if total is None else total + counts
         # Weights that autocast cast here were cast without a graph and must not be found by the forward that needs one.
         torch.clear_autocast_cache()
@@ -126,15 +130,18 @@ class PretrainModule(StepModule):
         if moe is None:
             return
         if moe.balance == "bias":
-            self._move_routing_bias(bias_update(sums["counts"], moe.bias_rate) * applied)
-        record.extra |= routing_figures(sums, moe.top_k)
+            self._move_routing_bias(sums["counts"], moe.bias_rate, applied)
+        record.extra |= routing_figures(sums, self.config.layer_experts, moe)
 
     @torch.no_grad()
-    def _move_routing_bias(self, change: Tensor) -> None:
-        """Once per step, so that neither micro-batches nor recomputation count twice. ``change`` [MoE layers, E]."""
+    def _move_routing_bias(self, counts: Tensor, rate: float, applied: Tensor) -> None:
+        """Once per step, so that neither micro-batches nor recomputation count twice.
+
+        ``counts`` [experts of all layers] are the whole step's; a step that was not ``applied`` moves nothing.
+        """
         routers = [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
-        for router, delta in zip(routers, change, strict=True):
-            router.bias.add_(delta)
+        for router, mine in zip(routers, counts.split(self.config.layer_experts), strict=True):
+            router.bias.add_(bias_update(mine, rate) * applied)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         raise UserError("Lightning's own checkpoints are not written here: llmrecipes.checkpoint.Checkpoints does it")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Norm = Literal["rms", "layer"]
 Positions = Literal["rope", "alibi", "learned", "none"]
-Activation = Literal["swiglu", "gelu", "gelu_tanh"]
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_tanh"]
+NormPosition = Literal["pre", "post", "both"]
 Balance = Literal["loss", "bias", "none"]
 Score = Literal["softmax", "sigmoid"]
+DropPolicy = Literal["position", "probs", "random"]
 QKNormScope = Literal["head", "all"]
-RopeScalingKind = Literal["llama3", "linear"]
+RopeScalingKind = Literal["llama3", "linear", "yarn", "dynamic", "longrope"]
+
+GATED = ("swiglu", "geglu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,9 @@ class MoEConfig:
     """A mixture of experts in place of the feed-forward network.
 
     Args:
-        num_experts: experts per layer, E.
+        num_experts: experts per layer, E; ``null`` where ``experts_per_layer`` says it.
+        experts_per_layer: E of each layer with experts, first to last: a pyramid has more of them above (PR-MoE,
+            2201.05596).
         top_k: experts each token is sent to, k.
         ffn_dim: hidden width of one expert.
         score: router scores by softmax over all experts (Mixtral) or by sigmoid (DeepSeek-V3).
@@ -32,10 +38,21 @@ class MoEConfig:
             (one more forward without gradient, exact for any micro-batch), ``running`` uses what it has routed so far.
         bias_rate: step of the bias update, gamma.
         z_loss_coef: weight of mean(logsumexp(router logits)^2) (ST-MoE, 2202.08906).
+        residual: a dense network of the model's ``ffn_dim`` stands beside the experts (PR-MoE):
+            ``c_0 experts(x) + c_1 dense(x)`` with ``c = softmax(W x + b)``, two numbers per token.
+        shared_ffn_dim: width of a network that every token uses beside its experts (Qwen2-MoE):
+            ``experts(x) + sigmoid(w x) shared(x)``; ``null`` = there is none.
+        capacity_factor: an expert takes at most ``ceil(capacity_factor * k * tokens / E)`` of a micro-batch's tokens
+            in training; to the others it gives nothing. ``null`` = it takes all that come.
+        eval_capacity_factor: the same outside of training; ``null`` = nothing is dropped there.
+        min_capacity: an expert takes at least so many, however small the micro-batch; ``null`` = 4.
+        drop_policy: who is taken first: tokens by their ``position`` (first choices before second ones), those with
+            the highest router ``probs``, or a ``random`` order (DeepSpeed's random token selection); ``null`` = that.
     """
 
-    num_experts: int
+    num_experts: int | None = None
     ffn_dim: int
+    experts_per_layer: list[int] | None = None
     top_k: int = 2
     score: Score = "softmax"
     renormalize: bool = True
@@ -44,10 +61,47 @@ class MoEConfig:
     balance_counts: Literal["step", "running"] = "step"
     bias_rate: float = 1e-3
     z_loss_coef: float = 0.0
+    residual: bool = False
+    shared_ffn_dim: int | None = None
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    min_capacity: int | None = None
+    drop_policy: DropPolicy | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"moe.top_k {self.top_k} is not between 1 and moe.num_experts {self.num_experts}")
+        problems = [*self._number_problems(), *self._capacity_problems()]
+        if self.residual and self.shared_ffn_dim is not None:
+            problems.append("moe.shared_ffn_dim and moe.residual are two answers to one question: choose one")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _number_problems(self) -> list[str]:
+        if self.experts_per_layer is None:
+            if self.num_experts is None:
+                return ["moe.num_experts is missing"]
+            if not 1 <= self.top_k <= self.num_experts:
+                return [f"moe.top_k {self.top_k} is not between 1 and moe.num_experts {self.num_experts}"]
+            return []
+        if self.num_experts is not None:
+            return ["moe.num_experts has no effect beside moe.experts_per_layer"]
+        fewest = min(self.experts_per_layer, default=0)
+        if not 1 <= self.top_k <= fewest:
+            return [f"moe.top_k {self.top_k} is not between 1 and {fewest}, the fewest of moe.experts_per_layer"]
+        return []
+
+    def _capacity_problems(self) -> list[str]:
+        found = []
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor is not None and not 0 < factor < math.inf:
+                found.append(f"moe.{name} {factor} is not a number above 0")
+        if self.capacity_factor is None:
+            listed = ("eval_capacity_factor", "min_capacity", "drop_policy")
+            useless = [name for name in listed if getattr(self, name) is not None]
+            found += [f"moe.{name} has no effect without moe.capacity_factor" for name in useless]
+        if self.min_capacity is not None and self.min_capacity < 0:
+            found.append(f"moe.min_capacity {self.min_capacity} is negative")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +109,18 @@ class RopeScaling:
     """Stretching of the rotary frequencies to longer contexts.
 
     Args:
-        kind: ``llama3`` (Llama 3.1) stretches long wavelengths only, ``linear`` all of them (2306.15595).
+        kind: ``llama3`` (Llama 3.1) stretches long wavelengths only, ``linear`` all of them (2306.15595), ``yarn`` long
+            ones with a ramp, and scales the attention scores (2309.00071). ``dynamic`` (NTK) and ``longrope``
+            (2402.13753) turn by other angles once a text is longer than ``original_max_seq_len``: such texts are
+            refused, because the result would depend on what else is in the batch and on the cache.
         factor: by how much.
-        low_freq_factor, high_freq_factor, original_max_seq_len: where ``llama3`` begins and ends to stretch.
+        low_freq_factor, high_freq_factor: where ``llama3`` begins and ends to stretch.
+        original_max_seq_len: longest text before the stretching.
+        beta_fast, beta_slow: turns within ``original_max_seq_len`` between which the ramp of ``yarn`` lies.
+        truncate: round the ends of that ramp to whole pairs of features.
+        attention_factor: by which ``yarn`` and ``longrope`` multiply queries and keys; ``null`` = as their papers say.
+        short_factor, long_factor: of ``longrope``, one number for each pair of features; ``long_factor`` belongs to
+            longer texts and is only carried along.
     """
 
     kind: RopeScalingKind = "llama3"
@@ -65,6 +128,46 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    short_factor: list[float] | None = None
+    long_factor: list[float] | None = None
+
+    @property
+    def amplitude(self) -> float:
+        """What the rotated features are multiplied by."""
+        if self.kind not in ("yarn", "longrope"):
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor <= 1:
+            return 1.0
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_seq_len))
+
+    @property
+    def longest(self) -> int | None:
+        """Longest text for which the angles are as computed here; None = any."""
+        return self.original_max_seq_len if self.kind in ("dynamic", "longrope") else None
+
+    def problems(self, rotary_width: int) -> list[str]:
+        """What does not fit together, as sentences."""
+        found = []
+        if self.factor <= 0 or self.original_max_seq_len < 2:
+            found.append("rope_scaling needs a factor above 0 and an original_max_seq_len above 1")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            found.append("rope_scaling needs 0 < low_freq_factor < high_freq_factor")
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            found.append("rope_scaling needs 0 < beta_slow <= beta_fast")
+        if self.kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                factors = getattr(self, name) or []
+                if len(factors) != rotary_width // 2 or min(factors) <= 0:
+                    found.append(f"rope_scaling.{name} needs {rotary_width // 2} numbers above 0")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +184,17 @@ class ModelConfig:
         head_dim: width of a head; ``null`` = ``dim / num_heads``.
         ffn_dim: hidden width of the dense feed-forward network; ``null`` only when every layer is MoE.
         norm: RMSNorm or LayerNorm. norm_eps: its epsilon.
-        activation: ``swiglu`` has gate, up and down; ``gelu`` (exact) and ``gelu_tanh`` have up and down.
+        norm_position: ``pre`` normalises what enters attention and feed-forward network, ``post`` what they give
+            (OLMo 2), ``both`` does both (Gemma 3).
+        norm_plus_one: RMSNorm multiplies by 1 + weight, which starts at zero (Gemma).
+        activation: ``swiglu`` (SiLU) and ``geglu`` (tanh GELU) have gate, up and down; ``gelu`` (exact) and
+            ``gelu_tanh`` have up and down.
+        parallel_residual: attention and feed-forward network read the same input (GPT-NeoX).
         positions: rotary, ALiBi, learned or none.
         rope_theta: base of the rotary frequencies. rope_scaling: their stretching, or ``null``.
+        rotary_fraction: part of each head that is rotated, its first features; the rest has no positions.
+        nope_layers: layers without rotary positions, counted from 0 (SmolLM3).
+        window_rope_theta: base, without stretching, in layers with a sliding window (Gemma 3); ``null`` = the same.
         sliding_window: tokens that a token sees, itself included; ``null`` = all before it.
         window_layers: layers with that window, counted from 0; ``null`` = all.
         max_seq_len: rows of the position table; needed by ``learned`` only.
@@ -92,6 +203,8 @@ class ModelConfig:
         qk_norm: normalise queries and keys. qk_norm_scope: each head (Qwen3), or all heads together (OLMoE).
         tie_embeddings: the head is the embedding.
         embedding_norm: a norm right after the embedding (BLOOM).
+        embedding_scale: the embedding is multiplied by it (Gemma, Granite). residual_scale: so is each residual branch
+            (Granite). attention_scale: of the scores; ``null`` = 1 / sqrt(head width). logit_divisor: of the logits.
         moe: the experts, or ``null`` for a dense model. moe_every: layer i has experts when (i + 1) % moe_every == 0.
         dense_layers: layers without experts all the same, counted from 0.
         dropout: probability, on the embedding, the attention weights and each residual branch.
@@ -128,6 +241,17 @@ class ModelConfig:
     dense_layers: list[int] | None = None
     dropout: float = 0.0
     init_std: float | None = None
+    # Later than the first release: a checkpoint without them has these defaults.
+    norm_position: NormPosition = "pre"
+    norm_plus_one: bool = False
+    parallel_residual: bool = False
+    rotary_fraction: float = 1.0
+    nope_layers: list[int] | None = None
+    window_rope_theta: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         problems = list(self.problems())
@@ -141,19 +265,34 @@ class ModelConfig:
             found.append(f"num_heads {self.num_heads} does not divide dim {self.dim}")
         if self.num_heads % self.kv_heads:
             found.append(f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
-        if self.positions == "rope" and self.head_width % 2:
-            found.append(f"rotary positions need an even head width, not {self.head_width}")
+        if self.positions == "rope" and (self.rotary_width % 2 or not 1 < self.rotary_width <= self.head_width):
+            rotated = "" if self.rotary_fraction == 1 else f" of which rotary_fraction rotates {self.rotary_width}"
+            found.append(f"rotary positions need an even head width, not {self.head_width}{rotated}")
+        elif self.positions == "rope" and self.rope_scaling is not None:
+            found += self.rope_scaling.problems(self.rotary_width)
+        for name in ("nope_layers", "window_rope_theta"):
+            if getattr(self, name) is not None and self.positions != "rope":
+                found.append(f"{name} has no effect without positions: rope")
+        if self.window_rope_theta is not None and self.sliding_window is None:
+            found.append("window_rope_theta has no effect without sliding_window")
+        if self.parallel_residual and self.norm_position != "pre":
+            found.append(f"parallel_residual goes with norm_position: pre, not {self.norm_position}")
+        if self.norm_plus_one and self.norm != "rms":
+            found.append("norm_plus_one goes with norm: rms")
+        for name in ("embedding_scale", "residual_scale", "logit_divisor", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                found.append(f"{name} {value} is not a number above 0")
         if self.ffn_dim is None and any(not self.is_moe_layer(i) for i in range(self.num_layers)):
             found.append("ffn_dim is missing: there are layers without experts")
+        found += self._expert_problems()
         if self.positions == "learned" and self.max_seq_len is None:
             found.append("max_seq_len is missing: learned positions need the length of their table")
         if self.sliding_window is not None and self.sliding_window < 1:
             found.append(f"sliding_window {self.sliding_window} is less than 1")
         if self.window_layers is not None and self.sliding_window is None:
             found.append("window_layers has no effect without sliding_window")
-        if self.dense_layers and self.moe is None:
-            found.append("dense_layers has no effect without moe")
-        for name in ("window_layers", "dense_layers"):
+        for name in ("window_layers", "dense_layers", "nope_layers"):
             outside = [layer for layer in getattr(self, name) or [] if not 0 <= layer < self.num_layers]
             if outside:
                 found.append(f"{name} {outside[0]} is not one of the layers 0 to {self.num_layers - 1}")
@@ -161,6 +300,18 @@ class ModelConfig:
             found.append(f"vocab_multiple {self.vocab_multiple} is less than 1")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout {self.dropout} is not in [0, 1)")
+        return found
+
+    def _expert_problems(self) -> list[str]:
+        if self.moe is None:
+            return ["dense_layers has no effect without moe"] if self.dense_layers else []
+        found = []
+        listed = self.moe.experts_per_layer
+        if listed is not None and len(listed) != self.num_moe_layers:
+            have = self.num_moe_layers
+            found.append(f"moe.experts_per_layer names {len(listed)} layers, the model has {have} with experts")
+        if self.moe.residual and self.ffn_dim is None:
+            found.append("ffn_dim is missing: moe.residual needs the width of the dense network")
         return found
 
     @property
@@ -172,6 +323,31 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one head."""
         return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Features of a head that are rotated."""
+        return int(self.head_width * self.rotary_fraction)
+
+    def is_rotary_layer(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) rotates queries and keys."""
+        return self.positions == "rope" and layer not in (self.nope_layers or [])
+
+    def uses_window_theta(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) rotates by the frequencies of ``window_rope_theta``."""
+        return self.window_rope_theta is not None and self.window_of(layer) is not None
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens beyond which a text cannot be computed; None = there is no such limit."""
+        if self.positions == "learned":
+            return self.max_seq_len
+        return self.rope_scaling.longest if self.positions == "rope" and self.rope_scaling is not None else None
+
+    @property
+    def maps_in(self) -> int:
+        """Maps from the residual stream into a feed-forward network: gate and up, or up alone."""
+        return 2 if self.activation in GATED else 1
 
     @property
     def weight_std(self) -> float:
@@ -207,6 +383,22 @@ class ModelConfig:
         """Blocks that hold experts."""
         return sum(self.is_moe_layer(i) for i in range(self.num_layers))
 
+    @property
+    def layer_experts(self) -> list[int]:
+        """Experts of each block that holds some, first to last; empty for a dense model."""
+        if self.moe is None:
+            return []
+        return self.moe.experts_per_layer or [self.moe.num_experts or 0] * self.num_moe_layers
+
+    def moe_of(self, layer: int) -> MoEConfig | None:
+        """The experts of block ``layer`` (from 0), with a number of their own; None where there are none."""
+        if self.moe is None or not self.is_moe_layer(layer):
+            return None
+        if self.moe.experts_per_layer is None:
+            return self.moe
+        before = sum(self.is_moe_layer(i) for i in range(layer))
+        return replace(self.moe, num_experts=self.moe.experts_per_layer[before], experts_per_layer=None)
+
     def _norm_params(self, width: int) -> int:
         return width if self.norm == "rms" else 2 * width
 
@@ -220,35 +412,44 @@ class ModelConfig:
         return weights + biases + sum(map(self._norm_params, widths))
 
     def _ffn_params(self, ffn_dim: int, bias: bool) -> int:
-        maps_in = 2 if self.activation == "swiglu" else 1
-        return (maps_in + 1) * self.dim * ffn_dim + (maps_in * ffn_dim + self.dim if bias else 0)
+        weights = (self.maps_in + 1) * self.dim * ffn_dim
+        return weights + (self.maps_in * ffn_dim + self.dim if bias else 0)
 
-    def _count(self, experts_per_layer: int) -> int:
+    def _moe_params(self, moe: MoEConfig, num_experts: int, counted: int) -> int:
+        """Of one layer: the router of all experts, ``counted`` of them, and what stands beside them."""
+        total = num_experts * self.dim + counted * self._ffn_params(moe.ffn_dim, bias=False)
+        if moe.residual:
+            total += self._ffn_params(self.ffn_dim or 0, self.bias) + 2 * self.dim + 2
+        if moe.shared_ffn_dim is not None:
+            total += self._ffn_params(moe.shared_ffn_dim, self.bias) + self.dim
+        return total
+
+    def _count(self, active: bool) -> int:
         d = self.dim
         embedding = self.vocab_rows * d * (1 if self.tie_embeddings else 2)
         if self.positions == "learned":
             embedding += (self.max_seq_len or 0) * d
         if self.embedding_norm:
             embedding += self._norm_params(d)
-        block = self._attention_params() + 2 * self._norm_params(d)
+        block = self._attention_params() + (4 if self.norm_position == "both" else 2) * self._norm_params(d)
         total = embedding + self._norm_params(d) + self.num_layers * block
         dense_layers = self.num_layers - self.num_moe_layers
         if dense_layers:
             total += dense_layers * self._ffn_params(self.ffn_dim or 0, self.bias)
         if self.moe is not None:
-            per_layer = self.moe.num_experts * d + experts_per_layer * self._ffn_params(self.moe.ffn_dim, bias=False)
-            total += self.num_moe_layers * per_layer
+            for experts in self.layer_experts:
+                total += self._moe_params(self.moe, experts, self.moe.top_k if active else experts)
         return total
 
     @property
     def num_params(self) -> int:
         """All parameters; a tied embedding counts once."""
-        return self._count(self.moe.num_experts if self.moe else 0)
+        return self._count(active=False)
 
     @property
     def active_params(self) -> int:
         """Parameters that one token passes through: k experts of each MoE layer, everything else whole."""
-        return self._count(self.moe.top_k if self.moe else 0)
+        return self._count(active=True)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs of one token: 6 per active weight (head included, input embedding not) and causal attention.
