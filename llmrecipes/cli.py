@@ -26,6 +26,9 @@ COMMANDS = {
     "convert": ("llmrecipes.convert.commands", "main", "checkpoints in and out, each verifies itself"),
     "generate": ("llmrecipes.inference.commands", "generate", "text from a model: continue prompts, or chat"),
     "perplexity": ("llmrecipes.inference.commands", "perplexity", "how well one or two models predict texts"),
+    "evaluate": ("llmrecipes.evaluate.commands", "evaluate", "tasks, scores and answers of a model"),
+    "report": ("llmrecipes.evaluate.commands", "report", "runs and their answers on one page"),
+    "diff": ("llmrecipes.evaluate.commands", "diff", "what differs between two recipes or runs"),
     "data": ("llmrecipes.cli", "data", "corpora, tokenizers and token shards, stage by stage"),
 }
 
