@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def _output(config: EvaluateConfig, words: list[str]) -> Path:
         return Path(config.output)
     if not (Path(config.model) / "checkpoints").is_dir():
         raise UserError(f"output is missing: {config.model} is no run folder to put it in; give --output FOLDER")
-    files = [after for before, after in zip(words, words[1:], strict=False) if before == "--config"]
+    files = [after for before, after in pairwise(words) if before == "--config"]
     files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
     name = Path(files[-1]).stem if files else "evaluation"
     return Path(config.model) / "evaluation" / name

@@ -61,7 +61,7 @@ def rate(hits: int, n: int) -> Figure:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Figure:
-    """Sum of ``above`` over sum of ``below``; cases are drawn with replacement for the interval, always the same way."""
+    """Sum of ``above`` over sum of ``below``; the interval draws cases with replacement, always the same way."""
     n = len(above)
     total = math.fsum(below)
     if n == 0 or total == 0:

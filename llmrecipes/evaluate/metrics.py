@@ -111,4 +111,3 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "contains": contains,
     "begins_with": begins_with,
 }
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from llmrecipes.inference.texts import not_text, read_lines, read_text
 
 # Instructions of llm-jp-eval; those of jmmlu and mgsm_ja are worded after its mmlu_ja and mawps.
 INSTRUCTIONS = {
-    "jcommonsenseqa": "質問と回答の選択肢を入力として受け取り、選択肢から回答を選択してください。なお、回答は選択肢の番号（例：0）で"
-    "するものとします。 回答となる数値をint型で返し、他には何も含めないことを厳守してください。",
+    "jcommonsenseqa": "質問と回答の選択肢を入力として受け取り、選択肢から回答を選択してください。なお、回答は選択肢の番号（例：0）"
+    "でするものとします。 回答となる数値をint型で返し、他には何も含めないことを厳守してください。",
     "jsquad": "質問に対する回答を文章から一言で抽出してください。回答は名詞で答えてください。"
     " それ以外には何も含めないことを厳守してください。",
-    "jmmlu": "与えられた質問と選択肢から、最も適切な回答を選択してください。なお、回答は選択肢のアルファベット（例：A）で"
-    "するものとします。 回答となるアルファベットのみを返し、他には何も含めないことを厳守してください。",
-    "mgsm_ja": "与えられた計算問題の答えを整数または小数で出力してください。数値以外には何も含めないことを厳守してください。",
+    "jmmlu": "与えられた質問と選択肢から、最も適切な回答を選択してください。なお、回答は"
+    "選択肢のアルファベット（例：A）でするものとします。 回答となるアルファベットのみを返し、他には何も含めないことを厳守してください。",
+    "mgsm_ja": "与えられた計算問題の答えを整数または小数で出力してください。"
+    "数値以外には何も含めないことを厳守してください。",
     "questions": "質問に答えてください。",
 }
 FORMS = {"jcommonsenseqa": "[0-4]", "jmmlu": "[A-D]", "mgsm_ja": r"-?[0-9]+(\.[0-9]+)?"}
@@ -100,14 +102,14 @@ def read_task(task: TaskConfig) -> Asked:
 
 
 def _lines(path: Path, task: TaskConfig) -> list[Question]:
-    reader = READERS[task.kind]
+    reader = READERS["cloze" if task.way == "cloze" else task.kind]
     found, problems = [], []
     for where, line in read_lines(path):
         try:
             record = json.loads(line)
             if reason := not_text(json.dumps(record, ensure_ascii=False)):
                 raise ValueError(reason)
-            found.append(reader(int(where.rpartition(":")[2]), record, task))
+            found.append(reader(int(where.rpartition(":")[2]), record))
         except json.JSONDecodeError as error:
             problems.append(f"{where}: not JSON ({error.msg}); mend or remove the line")
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -119,18 +121,18 @@ def _lines(path: Path, task: TaskConfig) -> list[Question]:
     return found
 
 
-def _jcommonsenseqa(number: int, record: dict[str, Any], task: TaskConfig) -> Question:
+def _jcommonsenseqa(number: int, record: dict[str, Any]) -> Question:
     choices = ",".join(f"{i}.{record[f'choice{i}']}" for i in range(5))
     return Question(number, f"質問：{record['question']}\n選択肢：{choices}", str(int(record["label"])))
 
 
-def _jsquad(number: int, record: dict[str, Any], task: TaskConfig) -> Question:
+def _jsquad(number: int, record: dict[str, Any]) -> Question:
     context = record["context"].split("[SEP]")[-1].strip()
     first, *others = record["answers"]
     return Question(number, f"文章：{context}\n質問：{record['question']}", first, tuple(others), context)
 
 
-def _jmmlu(number: int, record: dict[str, Any], task: TaskConfig) -> Question:
+def _jmmlu(number: int, record: dict[str, Any]) -> Question:
     choices = ",".join(f"{letter}.{record['choices'][i]}" for i, letter in enumerate("ABCD"))
     if record["answer"] not in ("A", "B", "C", "D"):
         raise ValueError(f"the answer is {record['answer']!r}, not A, B, C or D")
@@ -138,24 +140,24 @@ def _jmmlu(number: int, record: dict[str, Any], task: TaskConfig) -> Question:
     return Question(number, f"質問：{record['question']}\n選択肢：{choices}", record["answer"], about=about)
 
 
-def _mgsm(number: int, record: dict[str, Any], task: TaskConfig) -> Question:
+def _mgsm(number: int, record: dict[str, Any]) -> Question:
     return Question(number, f"問題：{record['question']}", str(record["answer"]))
 
 
-def _asked(number: int, record: dict[str, Any], task: TaskConfig) -> Question:
-    about = {key: str(record[key]) for key in ("lang", "kind") if key in record}
+def _asked(number: int, record: dict[str, Any], text: str = "question") -> Question:
+    about: dict[str, str] = {key: str(record[key]) for key in ("lang", "kind") if key in record}
     if "held_out" in record:
         about["held_out"] = "yes" if record["held_out"] else "no"
-    text = record["cloze" if task.way == "cloze" else "question"]
-    return Question(number, text, str(record["answer"]), about=about)
+    return Question(number, record[text], str(record["answer"]), about=about)
 
 
-READERS: dict[str, Callable[[int, dict[str, Any], TaskConfig], Question]] = {
+READERS: dict[str, Callable[[int, dict[str, Any]], Question]] = {
     "jcommonsenseqa": _jcommonsenseqa,
     "jsquad": _jsquad,
     "jmmlu": _jmmlu,
     "mgsm_ja": _mgsm,
     "questions": _asked,
+    "cloze": partial(_asked, text="cloze"),
 }
 
 

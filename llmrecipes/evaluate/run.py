@@ -29,7 +29,7 @@ from llmrecipes.inference.prompts import Prompt, make
 from llmrecipes.inference.texts import read_documents
 from llmrecipes.models import Sampling
 
-STOPS = {"blank_line": ["\n\n"], "line": [], "none": []}
+STOPS = {"blank_line": ["\n\n"], "line": ["\n"], "none": []}
 
 
 def evaluate(config: EvaluateConfig, output: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig, output: Path) -> dict[str, Any]:
             opened = opened or _open(config)
             began = time.monotonic()
             if task.kind == "perplexity":
-                result = _perplexity(opened, task, store)
+                result = _perplexity(opened, task)
             else:
                 result = _questions(opened, task, asked[task.title], store, config.batch_size)
             result["seconds"] = round(time.monotonic() - began, 1)
@@ -195,7 +195,7 @@ def _ask(
 # ---- perplexity
 
 
-def _perplexity(opened: Opened, task: TaskConfig, store: Store) -> dict[str, Any]:
+def _perplexity(opened: Opened, task: TaskConfig) -> dict[str, Any]:
     documents = list(read_documents([], [task.file], task.field, task.limit))
     size, stride = window_of(opened.name, opened.max_seq_len, opened.hard_limit, None, None)
     scores = []
@@ -222,9 +222,7 @@ def _perplexity(opened: Opened, task: TaskConfig, store: Store) -> dict[str, Any
 
 def _exp(figure: Figure) -> Figure:
     """A figure in nats as a perplexity."""
-    value, low, high = (
-        None if x is None or x > 700 else math.exp(x) for x in (figure.value, figure.low, figure.high)
-    )
+    value, low, high = (None if x is None or x > 700 else math.exp(x) for x in (figure.value, figure.low, figure.high))
     return Figure(value, figure.n, low, high, figure.interval)
 
 

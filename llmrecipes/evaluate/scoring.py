@@ -28,7 +28,7 @@ def cut(output: str, way: str) -> str:
     if way == "blank_line":
         output = output.split("\n\n")[0]
     if way == "line":
-        output = output.lstrip().split("\n")[0]
+        output = output.split("\n")[0]
     return unicodedata.normalize("NFKC", output.strip())
 
 

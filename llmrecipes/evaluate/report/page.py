@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def render(runs: list[Run], pictures: list[tuple[str, str, Path]], title: str | 
         answers=Markup(_in_script(_answers(runs))),
         differences=[
             {"a": a.name, "b": b.name, "lines": "\n".join(recipe_difference(a.folder, b.folder)) or "none"}
-            for a, b in zip(with_recipe, with_recipe[1:], strict=False)
+            for a, b in pairwise(with_recipe)
         ],
     )
 

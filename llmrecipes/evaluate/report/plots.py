@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ def draw_all(runs: list[Run], folder: Path) -> list[tuple[str, str, Path]]:
         found.append((heading, text, path))
 
     if trained:
-        add("loss", "Loss", "nats per token; dots: validation", lambda f: _losses(f, trained), (9, 4))
+        add("loss", "Loss", "nats per token; dots: validation", partial(_losses, runs=trained), (9, 4))
         for key, heading, text, log in (
             ("lr", "Learning rate", "as used by each step", False),
             ("grad_norm", "Gradient norm", "global, before clipping; logarithmic", True),
             ("tokens_per_second", "Throughput", "tokens per second between two logged steps", False),
         ):
             if any(r.get(key) is not None for run in trained for r in run.steps):
-                add(key, heading, text, lambda f, k=key, ll=log: _curve(f, trained, k, ll), (9, 2.6))
+                add(key, heading, text, partial(_curve, runs=trained, key=key, logarithmic=log), (9, 2.6))
     for number, run in enumerate(runs):
         steps = [r for r in run.steps if r.get("expert_load")]
         if steps:
@@ -45,7 +46,7 @@ def draw_all(runs: list[Run], folder: Path) -> list[tuple[str, str, Path]]:
                 f"expert_load_{number}",
                 f"Expert load of {run.name}",
                 text,
-                lambda f, s=steps: _experts(f, s),
+                partial(_experts, steps=steps),
                 (9, 0.9 + 1.5 * layers),
             )
     mixed = [run for run in runs if data_mix(run)]
@@ -54,7 +55,7 @@ def draw_all(runs: list[Run], folder: Path) -> list[tuple[str, str, Path]]:
             "data_mix",
             "Data mix",
             "share of the training samples, from the recipes' weights",
-            lambda f: _mix(f, mixed),
+            partial(_mix, runs=mixed),
             (9, 1.2 + 0.5 * len(mixed)),
         )
     return found
@@ -95,7 +96,9 @@ def _losses(figure: Any, runs: list[Run]) -> None:
         axis.plot([], [], color=color, label=_label(run.name))
         per_step = run.steps[-1]["tokens"] / run.steps[-1]["step"] / 1e6
         valid = [r for r in run.validations if r["val_loss"] is not None]
-        axis.plot([r["step"] * per_step for r in valid], [r["val_loss"] for r in valid], "o-", color=color, markersize=4)
+        axis.plot(
+            [r["step"] * per_step for r in valid], [r["val_loss"] for r in valid], "o-", color=color, markersize=4
+        )
     axis.legend(fontsize=8)
 
 
@@ -141,12 +144,15 @@ def _experts(figure: Any, steps: list[dict[str, Any]]) -> None:
 
 
 def _mix(figure: Any, runs: list[Run]) -> None:
+    from matplotlib import colormaps
+
     axis = figure.subplots()
+    palette = colormaps["tab20"]
     names = list(dict.fromkeys(name for run in runs for name, _ in data_mix(run)))
     left = [0.0] * len(runs)
     for number, name in enumerate(names):
         shares = [dict(data_mix(run)).get(name, 0.0) for run in runs]
-        color = COLORS[number % len(COLORS)]
+        color = palette(number % palette.N)
         axis.barh(range(len(runs)), shares, left=left, color=color, label=_label(name), height=0.6)
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axis.set_yticks(range(len(runs)), [_label(run.name) for run in runs])
