@@ -17,7 +17,8 @@ from llmrecipes.inference.texts import not_text, read_lines, read_text
 # Instructions of llm-jp-eval; those of jmmlu and mgsm_ja are worded after its mmlu_ja and mawps.
 INSTRUCTIONS = {
     "jcommonsenseqa": "質問と回答の選択肢を入力として受け取り、選択肢から回答を選択してください。"
-    "なお、回答は選択肢の番号（例：0）でするものとします。 回答となる数値をint型で返し、他には何も含めないことを厳守してください。",
+    "なお、回答は選択肢の番号（例：0）でするものとします。"
+    " 回答となる数値をint型で返し、他には何も含めないことを厳守してください。",
     "jsquad": "質問に対する回答を文章から一言で抽出してください。回答は名詞で答えてください。"
     " それ以外には何も含めないことを厳守してください。",
     "jmmlu": "与えられた質問と選択肢から、最も適切な回答を選択してください。なお、回答は"
@@ -129,8 +130,9 @@ def _jcommonsenseqa(number: int, record: dict[str, Any]) -> Question:
 
 def _jsquad(number: int, record: dict[str, Any]) -> Question:
     context = record["context"].split("[SEP]")[-1].strip()
+    within = f"{record.get('title', '')}\n{context}"  # some answers stand in the title only
     first, *others = record["answers"]
-    return Question(number, f"文章：{context}\n質問：{record['question']}", first, tuple(others), context)
+    return Question(number, f"文章：{context}\n質問：{record['question']}", first, tuple(others), within)
 
 
 def _jmmlu(number: int, record: dict[str, Any]) -> Question:
