@@ -53,6 +53,14 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What earlier runs left; ``groups``: key -> program -> records."""
+    if not path.exists():
+        return {"groups": {}}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def main() -> None:
     """Run, write, print."""
     asked = arguments()
@@ -63,16 +71,16 @@ def main() -> None:
         print("\n".join(f"{'short' if group.short else '     '}  {group.key}" for group in groups()))
         return
     asked.work.mkdir(parents=True, exist_ok=True)
-    results = json.loads(asked.results.read_text(encoding="utf-8")) if asked.results.exists() else {"groups": {}}
-    results["machine"] = machine()
     places = {"ours": sys.executable, "peers": asked.peers, "inputs": asked.inputs, "work": str(asked.work)}
     for group in chosen(asked):
         records = run_group(group, plan, places, asked.work)
+        results = read_results(asked.results)  # again: another run may have added to it meanwhile
+        results["machine"] = machine()
         results["groups"][group.key] = records
         asked.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(f"{group.key}\n" + "\n".join(group_rows(group, records)), flush=True)
     if asked.table is not None:
-        put_between_markers(asked.table, tables(groups(), results["groups"], TITLES))
+        put_between_markers(asked.table, tables(groups(), read_results(asked.results)["groups"], TITLES))
 
 
 if __name__ == "__main__":

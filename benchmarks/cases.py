@@ -159,7 +159,6 @@ def head() -> list[Group]:
         peers = (
             Peer(way("transformers", dtype), 1 / 0.55, 0.1),
             Peer(way("litgpt", dtype)),
-            Peer(way("torch", dtype)),
         )
         mine = way("ours", dtype, "{ours}")
         tokens: dict[str, Any] = {
@@ -171,6 +170,7 @@ def head() -> list[Group]:
             "steps": 2,
         }
         found.append(Group("F", dtype, mine, peers, short=dtype == "bf16", **tokens))
+        found.append(Group("F", f"{dtype}, torch", mine, (Peer(way("torch", dtype)),), **tokens))
     return found
 
 

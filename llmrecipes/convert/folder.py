@@ -52,6 +52,7 @@ class Source:
         max_seq_len: longest text it was trained for, when known.
         shards: prefixes of the token shards it was trained on, when known.
         left_out: keys of config.json that change no logits and are not known here.
+        template: chat template that it was fine-tuned with, where that is not the tokenizer's own: a name or a file.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Source:
     max_seq_len: int | None = None
     shards: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    template: str | None = None
 
     @property
     def hf_names(self) -> str | None:
@@ -80,6 +82,7 @@ class LoadedModel(NamedTuple):
         eos_ids: ids that end a text, of generation_config.json or config.json; [] when unknown.
         max_seq_len: longest text it was trained for, when known.
         vocab_rows: ids that exist; None = all that the decoder gives logits for.
+        template: chat template that it was fine-tuned with, where that is not the tokenizer's own.
     """
 
     config: ModelConfig
@@ -88,6 +91,7 @@ class LoadedModel(NamedTuple):
     eos_ids: list[int]
     max_seq_len: int | None
     vocab_rows: int | None
+    template: str | None = None
 
 
 def read_model(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadedModel:
@@ -105,7 +109,7 @@ def read_model(folder: str | Path, dtype: torch.dtype | None = None, device: tor
     ends = source.generation.get("eos_token_id", source.hf.get("eos_token_id"))
     eos_ids = [] if ends is None else [int(i) for i in (ends if isinstance(ends, list) else [ends])]
     model = load_decoder(source, dtype).to(device)
-    return LoadedModel(source.config, model, source.tokenizer, eos_ids, source.max_seq_len, None)
+    return LoadedModel(source.config, model, source.tokenizer, eos_ids, source.max_seq_len, None, source.template)
 
 
 def open_source(path: Path) -> Source:
@@ -165,6 +169,7 @@ def _from_recipe(source: Source, recipe: dict[str, Any]) -> Source:
     tokenizer = data.get("tokenizer")
     if isinstance(tokenizer, str) and _has_tokenizer(Path(tokenizer)):
         source.tokenizer = Path(tokenizer)
+    source.template = data.get("template")
     source.shards = list(data["train"]) if isinstance(data.get("train"), dict) else []
     source.max_seq_len = source.config.max_seq_len or data.get("seq_len")
     return source
