@@ -109,7 +109,7 @@ def test_the_command_tables_are_complete():
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
         named = {name for line in table for name in re.findall(r"`llmrecipes ((?:data |convert )?[a-z-]+)", line)}
         assert named == exist, document
-    assert len(exist) == 14
+    assert len(exist) == 16
 
 
 def mistakes(words: list[str]) -> list[str]:

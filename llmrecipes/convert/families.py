@@ -28,6 +28,11 @@ def hf_family(config: ModelConfig) -> str:
     Raises:
         UserError: there is none; every option that stands in the way of the nearest one is named.
     """
+    if config.lora is not None:
+        raise UserError(
+            "no Hugging Face architecture has low-rank adapters: fold them into the weights (llmrecipes merge fold), "
+            "or write one adapter alone (llmrecipes convert to-peft)"
+        )
     family = _nearest(config)
     found = list(_obstacles(config, family))
     if found:

@@ -34,7 +34,7 @@ def _divide(experts: Experts, mesh: DeviceMesh) -> None:
         raise UserError(f"trainer.strategy: expert_parallel {parts} does not divide the {count} experts of a layer")
     for name, parameter in list(experts.named_parameters(recurse=False)):
         divided = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
-        setattr(experts, name, nn.Parameter(divided))
+        setattr(experts, name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
     experts.run = _Travel(mesh.get_group(), parts, count)
 
 

@@ -12,6 +12,7 @@ from llmrecipes.models.attention import Attention
 from llmrecipes.models.cache import KVCache
 from llmrecipes.models.context import SequenceContext, make_context
 from llmrecipes.models.layers import make_norm
+from llmrecipes.models.lora import RoutedMLP, Routes, has_routed_mlp
 from llmrecipes.models.mlp import MLP
 from llmrecipes.models.moe import MoE, Routing
 from llmrecipes.recipe.model_config import ModelConfig
@@ -23,7 +24,7 @@ class DecoderOutput(NamedTuple):
     Attributes:
         hidden: features after the final norm, [B, T, dim]. Logits are ``hidden @ head_weight.T``: large, so never
             computed unasked.
-        routing: statistics of each MoE layer, in order; empty for a dense model.
+        routing: statistics of each router, in order; empty for a dense model.
     """
 
     hidden: Tensor
@@ -38,7 +39,11 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.dim)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.dim)
-        self.mlp: MLP | MoE = MoE(config) if config.is_moe_layer(layer) else MLP(config)
+        self.mlp: MLP | MoE | RoutedMLP
+        if config.is_moe_layer(layer):
+            self.mlp = MoE(config)
+        else:
+            self.mlp = RoutedMLP(config, layer) if has_routed_mlp(config, layer) else MLP(config, layer)
         self.dropout = config.dropout
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -46,14 +51,15 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None
-    ) -> tuple[Tensor, Routing | None]:
-        """Transform ``x`` [B, T, dim]; the second result is None for a dense layer."""
-        x = x + self._drop(self.attention(self.attention_norm(x), context))
+    ) -> tuple[Tensor, list[Routing]]:
+        """Transform ``x`` [B, T, dim]; the second result has an entry per router, none for a dense layer."""
+        routes = Routes(token_mask)
+        x = x + self._drop(self.attention(self.attention_norm(x), context, routes))
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
             update, routing = self.mlp(normed, token_mask)
-            return x + self._drop(update), routing
-        return x + self._drop(self.mlp(normed)), None
+            return x + self._drop(update), [*routes.found, routing]
+        return x + self._drop(self.mlp(normed, routes)), routes.found
 
 
 class Decoder(nn.Module):
@@ -119,11 +125,10 @@ class Decoder(nn.Module):
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
         context = make_context(self.config, tokens, dtype, document_lengths, cache)
         x = self._embed(tokens, context)
-        routings = []
+        routings: list[Routing] = []
         for block in self.layers:
-            x, routing = block(x, context, token_mask)
-            if routing is not None:
-                routings.append(routing)
+            x, found = block(x, context, token_mask)
+            routings += found
         if cache is not None:
             cache.advance(tokens.shape[1])
         return DecoderOutput(self.norm(x), routings)

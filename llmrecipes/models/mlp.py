@@ -5,23 +5,25 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llmrecipes.models.activation import activation
+from llmrecipes.models.lora import Routes, apply_linear, make_linear
 from llmrecipes.recipe.model_config import ModelConfig
 
 
 class MLP(nn.Module):
     """``down(activation(up(x)))``; for SwiGLU gate and up are one projection ``gate_up`` (rows: gate, then up)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         assert config.ffn_dim is not None
-        self.kind = config.activation
+        self.kind, ffn_dim = config.activation, config.ffn_dim
         if config.activation == "swiglu":
-            self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
+            self.gate_up = make_linear(config, layer, config.dim, {"gate": ffn_dim, "up": ffn_dim}, config.bias)
         else:
-            self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+            self.up = make_linear(config, layer, config.dim, {"up": ffn_dim}, config.bias)
+        self.down = make_linear(config, layer, ffn_dim, {"down": config.dim}, config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., dim] to [..., dim]."""
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+        """Map ``x`` [..., dim] to [..., dim]; routers of adapters write down in ``routes`` what they did."""
         projection = self.gate_up if self.kind == "swiglu" else self.up
-        return self.down(activation(projection(x), self.kind))
+        hidden = activation(apply_linear(projection, x, routes), self.kind)
+        return apply_linear(self.down, hidden, routes)

@@ -1,6 +1,7 @@
 """LightningModules, one per stage; base.py holds the only optimizer step and the only division."""
 
 from llmrecipes.modules.base import StepModule, TrainingStopped
+from llmrecipes.modules.lora import LoraExpertModule
 from llmrecipes.modules.pretrain import PretrainModule
 
-__all__ = ["PretrainModule", "StepModule", "TrainingStopped"]
+__all__ = ["LoraExpertModule", "PretrainModule", "StepModule", "TrainingStopped"]

@@ -14,11 +14,13 @@ from llmrecipes.distributed import all_reduce_sum
 from llmrecipes.errors import UserError
 from llmrecipes.losses import balance_sum, bias_update, linear_cross_entropy
 from llmrecipes.models import Decoder, DecoderOutput, ModelConfig, Routing, init_weights
-from llmrecipes.models.moe import MoE
+from llmrecipes.models.lora import is_adapter
+from llmrecipes.models.moe import Router
 from llmrecipes.modules.base import StepModule
 from llmrecipes.modules.loss_terms import LossTerm
 from llmrecipes.modules.routing_stats import StepRouting, routing_figures
 from llmrecipes.modules.step_record import StepRecord
+from llmrecipes.modules.trainable import set_trainable
 from llmrecipes.optim import AdamW, Schedule
 
 
@@ -34,7 +36,10 @@ class PretrainModule(StepModule):
             month.
         loss_chunk: rows of the logits that exist at a time.
         init_from: folder or checkpoint whose weights the run begins with, of ``convert from-hf``, ``upcycle``,
-            ``consolidate`` or another run; ``null`` = drawn from the seed.
+            ``consolidate`` or another run; ``null`` = drawn from the seed. Adapters may be missing there.
+        trainable: what is trained: names of groups (``all``, ``gate``, ``lm_head``, ``lora``, ``experts``, ``mlp``,
+            ``attention``, ``norms``, ``embeddings``), or regular expressions on our parameter names; ``null`` = all.
+        frozen: what of it is not, in the same way.
         seed: of the initial weights and of dropout; linked to the recipe's ``seed``.
     """
 
@@ -47,24 +52,45 @@ class PretrainModule(StepModule):
         expected_params: int | None = None,
         loss_chunk: int = 1024,
         init_from: str | None = None,
+        trainable: list[str] | None = None,
+        frozen: list[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer, schedule, clip_norm, seed)
         self.config = config
         self.loss_chunk = loss_chunk
         self.init_from = init_from
+        self.trainable = ["all"] if trainable is None else trainable
+        self.frozen = frozen or []
         if expected_params is not None and config.num_params != expected_params:
             raise UserError(f"the model has {config.num_params:,} parameters, expected_params says {expected_params:,}")
         self._routing: StepRouting | None = None
 
     def build_model(self) -> Decoder:
-        return Decoder(self.config)
+        model = Decoder(self.config)
+        set_trainable(model, self.trainable, self.frozen)
+        return model
 
     def init_model(self) -> None:
         if self.init_from is None:
             init_weights(self.model, self.seed)
-        else:
-            load_initial(Path(self.init_from), self.model)
+            return
+        lacking = load_initial(Path(self.init_from), self.model, self._may_be_new)
+        init_weights(self.model, self.seed, lacking)
+
+    def _may_be_new(self, name: str) -> bool:
+        """Adapters begin as nothing wherever they are added; a router does not."""
+        return is_adapter(name)
+
+    @property
+    def initial_folder(self) -> Path | None:
+        return None if self.init_from is None else Path(self.init_from)
+
+    @property
+    def keeps_base(self) -> bool:
+        with torch.device("meta"):
+            model = self.build_model()
+        return not all(parameter.requires_grad for parameter in model.parameters())
 
     def _forward(self, batch: Batch) -> DecoderOutput:
         return self.model(batch.tokens, document_lengths=batch.document_lengths, token_mask=batch.token_mask)
@@ -85,7 +111,7 @@ class PretrainModule(StepModule):
 
     def _router_terms(self, routing: list[Routing]) -> dict[str, LossTerm]:
         """Balance loss with f of the whole step, z-loss; both means over layers and real tokens."""
-        moe, step = self.config.moe, self._routing
+        moe, step = self.config.routing, self._routing
         assert moe is not None
         assert step is not None
         step.add(routing)
@@ -98,7 +124,7 @@ class PretrainModule(StepModule):
         return terms | {"aux_loss": LossTerm(torch.stack(balance).mean(), "tokens", moe.balance_coef)}
 
     def before_micro_batches(self, micro_batches: list[Batch], counts: dict[str, Tensor]) -> None:
-        moe = self.config.moe
+        moe = self.config.routing
         if moe is None:
             return
         self._routing = StepRouting(counts["tokens"])
@@ -122,7 +148,7 @@ class PretrainModule(StepModule):
         return self._routing.sums() if self._routing is not None else {}
 
     def after_step(self, record: StepRecord, sums: dict[str, Tensor], applied: Tensor) -> None:
-        moe = self.config.moe
+        moe = self.config.routing
         if moe is None:
             return
         if moe.balance == "bias":
@@ -131,8 +157,8 @@ class PretrainModule(StepModule):
 
     @torch.no_grad()
     def _move_routing_bias(self, change: Tensor) -> None:
-        """Once per step, so that neither micro-batches nor recomputation count twice. ``change`` [MoE layers, E]."""
-        routers = [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
+        """Once per step, so that neither micro-batches nor recomputation count twice. ``change`` [routers, E]."""
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
         for router, delta in zip(routers, change, strict=True):
             router.bias.add_(delta)
 

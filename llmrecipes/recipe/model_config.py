@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+from llmrecipes.recipe.lora_config import Balance, LoraConfig
 
 Norm = Literal["rms", "layer"]
 Positions = Literal["rope", "alibi", "learned", "none"]
 Activation = Literal["swiglu", "gelu", "gelu_tanh"]
-Balance = Literal["loss", "bias", "none"]
 Score = Literal["softmax", "sigmoid"]
 QKNormScope = Literal["head", "all"]
 RopeScalingKind = Literal["llama3", "linear"]
@@ -94,6 +96,7 @@ class ModelConfig:
         embedding_norm: a norm right after the embedding (BLOOM).
         moe: the experts, or ``null`` for a dense model. moe_every: layer i has experts when (i + 1) % moe_every == 0.
         dense_layers: layers without experts all the same, counted from 0.
+        lora: low-rank adapters on linear maps, one or many to choose from; ``null`` = none.
         dropout: probability, on the embedding, the attention weights and each residual branch.
         init_std: standard deviation of the initial matrices; ``null`` = sqrt(2 / (5 dim)) (1910.05895). Maps into the
             residual stream have it divided by sqrt(2 num_layers), embeddings and head at most 0.02.
@@ -126,6 +129,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
     moe_every: int = 1
     dense_layers: list[int] | None = None
+    lora: LoraConfig | None = None
     dropout: float = 0.0
     init_std: float | None = None
 
@@ -161,6 +165,25 @@ class ModelConfig:
             found.append(f"vocab_multiple {self.vocab_multiple} is less than 1")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout {self.dropout} is not in [0, 1)")
+        return found or self._lora_problems()
+
+    def _lora_problems(self) -> list[str]:
+        lora = self.lora
+        if lora is None:
+            return []
+        found = lora.problems()
+        if found:
+            return found
+        chosen = [name for layer in range(self.num_layers) for name in self.adapted(layer)]
+        if not chosen:
+            found.append(f"lora.targets {lora.targets} matches no linear map, such as model.layers.0.mlp.up_proj")
+        if lora.experts is not None and self.moe is not None:
+            found.append("lora.experts beside moe: a model has experts of one kind")
+        if lora.routes_mlps and any(name.startswith("self_attn") for name in chosen):
+            found.append(
+                "lora.experts.router per_mlp beside adapters on self_attn: they need a router per linear map, "
+                "or lora.targets without self_attn"
+            )
         return found
 
     @property
@@ -207,6 +230,58 @@ class ModelConfig:
         """Blocks that hold experts."""
         return sum(self.is_moe_layer(i) for i in range(self.num_layers))
 
+    @property
+    def routing(self) -> MoEConfig | None:
+        """How tokens choose experts, of whichever kind they are; None = there are none."""
+        experts = None if self.lora is None else self.lora.experts
+        if self.moe is not None or experts is None:
+            return self.moe
+        assert self.lora is not None
+        return MoEConfig(
+            num_experts=experts.num_choices,
+            ffn_dim=self.lora.rank,
+            top_k=experts.top_k,
+            balance=experts.balance,
+            balance_coef=experts.balance_coef,
+            balance_counts=experts.balance_counts,
+            bias_rate=experts.bias_rate,
+            z_loss_coef=experts.z_loss_coef,
+        )
+
+    def linear_maps(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Widths in and out of a block's linear maps, by the names that transformers gives them; no experts."""
+        q, kv, d = self.num_heads * self.head_width, self.kv_heads * self.head_width, self.dim
+        maps = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+        found = {f"self_attn.{name}": widths for name, widths in maps.items()}
+        if not self.is_moe_layer(layer):
+            ffn = self.ffn_dim or 0
+            found |= {"mlp.gate_proj": (d, ffn)} if self.activation == "swiglu" else {}
+            found |= {"mlp.up_proj": (d, ffn), "mlp.down_proj": (ffn, d)}
+        return found
+
+    def adapted(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Those of a block's linear maps that have low-rank adapters."""
+        if self.lora is None:
+            return {}
+        pattern = re.compile(self.lora.targets)
+        maps = self.linear_maps(layer).items()
+        return {name: widths for name, widths in maps if pattern.fullmatch(f"model.layers.{layer}.{name}")}
+
+    def _lora_params(self, stacks: int) -> int:
+        """Adapters, ``stacks`` per map, and their routers."""
+        if self.lora is None:
+            return 0
+        choices = self.lora.experts.num_choices if self.lora.experts else 0
+        total = 0
+        for layer in range(self.num_layers):
+            maps = self.adapted(layer).values()
+            total += sum(stacks * self.lora.rank * (inner + outer) for inner, outer in maps)
+            if self.lora.routes_linears:
+                total += sum(choices * inner for inner, _ in maps)
+            elif self.lora.routes_mlps and maps:
+                total += choices * self.dim
+        return total
+
     def _norm_params(self, width: int) -> int:
         return width if self.norm == "rms" else 2 * width
 
@@ -243,12 +318,16 @@ class ModelConfig:
     @property
     def num_params(self) -> int:
         """All parameters; a tied embedding counts once."""
-        return self._count(self.moe.num_experts if self.moe else 0)
+        return self._count(self.moe.num_experts if self.moe else 0) + self._lora_params(
+            self.lora.stacks if self.lora else 0
+        )
 
     @property
     def active_params(self) -> int:
         """Parameters that one token passes through: k experts of each MoE layer, everything else whole."""
-        return self._count(self.moe.top_k if self.moe else 0)
+        return self._count(self.moe.top_k if self.moe else 0) + self._lora_params(
+            self.lora.active_stacks if self.lora else 0
+        )
 
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs of one token: 6 per active weight (head included, input embedding not) and causal attention.

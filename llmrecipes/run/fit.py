@@ -13,7 +13,7 @@ import yaml
 from llmrecipes.callbacks import GracefulStop, Logging, draw_loss_curve
 from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
 from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
-from llmrecipes.checkpoint import newest_whole, read_info
+from llmrecipes.checkpoint import describe_base, newest_whole, read_info
 from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMarks, ranks_end_together
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
@@ -185,9 +185,16 @@ def trajectory(cli: RecipeCLI) -> dict[str, Any]:
         "model": {k: v for k, v in model.items() if k not in ("expected_params", "loss_chunk", "seed")},
         "data": data | {"shards": cli.datamodule.fingerprint()["train"]},
         "trainer": {"precision": cli.trainer.precision},
+        **_base(cli),
         # With decay: null the schedule ends with the run: another trainer.max_steps is then another schedule.
         FLOOR_REACHED: cli.model.schedule.decay_steps(length),
     }
+
+
+def _base(cli: RecipeCLI) -> dict[str, Any]:
+    """The frozen weights of the run, which its checkpoints do not hold, and their checksum."""
+    folder = cli.model.initial_folder
+    return {"base": describe_base(folder)} if folder is not None and cli.model.keeps_base else {}
 
 
 def _rate(cli: RecipeCLI, resume: Resume | None, present: dict[str, Any]) -> tuple[int, RatePlan]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
 from llmrecipes.recipe.problem import closest
 from llmrecipes.recipe.rules.facts import CONFIG, DATA, MODEL, Facts, Finding
@@ -71,7 +72,10 @@ def build_config(values: dict[str, Any]) -> ModelConfig:
         TypeError: unknown or missing keys.
     """
     nested = dict(values)
-    for key, kind in (("moe", MoEConfig), ("rope_scaling", RopeScaling)):
+    lora = nested.get("lora")
+    if isinstance(lora, dict) and isinstance(lora.get("experts"), dict):
+        nested["lora"] = lora | {"experts": LoraExperts(**lora["experts"])}
+    for key, kind in (("moe", MoEConfig), ("rope_scaling", RopeScaling), ("lora", LoraConfig)):
         if isinstance(nested.get(key), dict):
             nested[key] = kind(**nested[key])
     return ModelConfig(**nested)
