@@ -123,6 +123,8 @@ def _experts(config: ModelConfig, family: str) -> Iterator[str]:
         return
     if config.num_moe_layers != config.num_layers and family != "qwen3_moe":
         yield f"{config.num_layers - config.num_moe_layers} layers without experts"
+    if config.moe.router != "per_mlp":
+        yield f"moe.router: {config.moe.router}"
     if config.moe.score != "softmax":
         yield f"moe.score: {config.moe.score}"
     if family == "mixtral" and not config.moe.renormalize:

@@ -21,11 +21,15 @@ def divide_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     """Give each process of ``mesh`` [expert] its equal part of every layer's experts, in place.
 
     Raises:
-        UserError: their number is not divisible.
+        UserError: their number is not divisible, or there are none.
     """
-    for module in model.modules():
-        if isinstance(module, MoE):
-            _divide(module.experts, mesh)
+    found = [module.experts for module in model.modules() if isinstance(module, MoE)]
+    if not found:
+        raise UserError(
+            "trainer.strategy: expert_parallel divides the experts of moe with router per_mlp; there are none"
+        )
+    for experts in found:
+        _divide(experts, mesh)
 
 
 def _divide(experts: Experts, mesh: DeviceMesh) -> None:

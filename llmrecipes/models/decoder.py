@@ -12,6 +12,7 @@ from llmrecipes.models.attention import Attention
 from llmrecipes.models.cache import KVCache
 from llmrecipes.models.context import SequenceContext, make_context
 from llmrecipes.models.layers import make_norm
+from llmrecipes.models.linear_experts import LinearMoE
 from llmrecipes.models.lora import RoutedMLP, Routes, has_routed_mlp
 from llmrecipes.models.mlp import MLP
 from llmrecipes.models.moe import MoE, Routing
@@ -31,6 +32,13 @@ class DecoderOutput(NamedTuple):
     routing: list[Routing]
 
 
+def make_mlp(config: ModelConfig, layer: int) -> MLP | MoE | LinearMoE | RoutedMLP:
+    """The feed-forward network of a block, with or without experts."""
+    if config.moe is not None and config.is_moe_layer(layer):
+        return MoE(config) if config.moe.router == "per_mlp" else LinearMoE(config)
+    return RoutedMLP(config, layer) if has_routed_mlp(config, layer) else MLP(config, layer)
+
+
 class Block(nn.Module):
     """Attention and feed-forward network, each on a normalised copy of the residual stream (pre-norm)."""
 
@@ -39,11 +47,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.dim)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.dim)
-        self.mlp: MLP | MoE | RoutedMLP
-        if config.is_moe_layer(layer):
-            self.mlp = MoE(config)
-        else:
-            self.mlp = RoutedMLP(config, layer) if has_routed_mlp(config, layer) else MLP(config, layer)
+        self.mlp = make_mlp(config, layer)
         self.dropout = config.dropout
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class LoraExpertModule(PretrainModule):
         init_from: the model to adapt: a folder of ``convert from-hf``, ``upcycle`` or ``consolidate``, or another run.
             It must stay, unchanged, for as long as the checkpoints are to be of use.
         clip_norm: largest global gradient norm; ``null`` measures without clipping.
-        expected_params: refuse to start when the model, adapters included, has another number of parameters.
+        expected_params: refuse to start when the model, with or without adapters, has another number of parameters.
         loss_chunk: rows of the logits that exist at a time.
         trainable: what is trained, as in `PretrainModule`; ``null`` = the adapters.
         token_budget: tokens of the run: ``trainer.max_steps`` must come to as many.

@@ -62,7 +62,7 @@ class PretrainModule(StepModule):
         self.init_from = init_from
         self.trainable = ["all"] if trainable is None else trainable
         self.frozen = frozen or []
-        if expected_params is not None and config.num_params != expected_params:
+        if expected_params is not None and not config.is_expected(expected_params):
             raise UserError(f"the model has {config.num_params:,} parameters, expected_params says {expected_params:,}")
         self._routing: StepRouting | None = None
 

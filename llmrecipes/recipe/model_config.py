@@ -34,6 +34,7 @@ class MoEConfig:
             (one more forward without gradient, exact for any micro-batch), ``running`` uses what it has routed so far.
         bias_rate: step of the bias update, gamma.
         z_loss_coef: weight of mean(logsumexp(router logits)^2) (ST-MoE, 2202.08906).
+        router: one router ``per_mlp``, or ``per_linear``: gate, up and down choose their experts each by itself.
     """
 
     num_experts: int
@@ -46,6 +47,7 @@ class MoEConfig:
     balance_counts: Literal["step", "running"] = "step"
     bias_rate: float = 1e-3
     z_loss_coef: float = 0.0
+    router: Literal["per_mlp", "per_linear"] = "per_mlp"
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
@@ -311,9 +313,16 @@ class ModelConfig:
         if dense_layers:
             total += dense_layers * self._ffn_params(self.ffn_dim or 0, self.bias)
         if self.moe is not None:
-            per_layer = self.moe.num_experts * d + experts_per_layer * self._ffn_params(self.moe.ffn_dim, bias=False)
+            per_layer = self._router_params(self.moe) + experts_per_layer * self._ffn_params(
+                self.moe.ffn_dim, bias=False
+            )
             total += self.num_moe_layers * per_layer
         return total
+
+    def _router_params(self, moe: MoEConfig) -> int:
+        if moe.router == "per_mlp":
+            return moe.num_experts * self.dim
+        return moe.num_experts * ((2 if self.activation == "swiglu" else 1) * self.dim + moe.ffn_dim)
 
     @property
     def num_params(self) -> int:
@@ -321,6 +330,10 @@ class ModelConfig:
         return self._count(self.moe.num_experts if self.moe else 0) + self._lora_params(
             self.lora.stacks if self.lora else 0
         )
+
+    def is_expected(self, count: int) -> bool:
+        """Whether that is the number of parameters, with or without the adapters."""
+        return count in (self.num_params, self._count(self.moe.num_experts if self.moe else 0))
 
     @property
     def active_params(self) -> int:

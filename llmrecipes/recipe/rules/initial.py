@@ -47,9 +47,9 @@ def initial_problems(facts: Facts) -> Iterator[Finding]:
 
 def _experts(ours: ModelConfig, theirs: ModelConfig, folder: str) -> Iterator[Finding]:
     """Sizes only: how experts are chosen and balanced may change when a run begins."""
-    sizes = [None if c.moe is None else (c.moe.num_experts, c.moe.ffn_dim) for c in (ours, theirs)]
+    sizes = [None if c.moe is None else (c.moe.num_experts, c.moe.ffn_dim, c.moe.router) for c in (ours, theirs)]
     if sizes[0] != sizes[1]:
-        words = ["no experts" if s is None else f"{s[0]} experts of width {s[1]}" for s in sizes]
+        words = ["no experts" if s is None else f"{s[0]} experts of width {s[1]} with a router {s[2]}" for s in sizes]
         yield Finding((*CONFIG, "moe"), f"model.init_args.config: {words[0]} where {folder} has {words[1]}")
 
 

@@ -55,7 +55,7 @@ def model_problems(facts: Facts) -> Iterator[Finding]:
             yield Finding(_place(sentence.split()[0], facts), f"model.init_args.config: {sentence}")
         return
     expected = facts.integer(*MODEL, "expected_params")
-    if expected is not None and expected != config.num_params:
+    if expected is not None and not config.is_expected(expected):
         difference = config.num_params - expected
         what = (
             f"the model has {config.num_params:,} parameters, not the expected {expected:,} "
