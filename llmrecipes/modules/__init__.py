@@ -3,5 +3,6 @@
 from llmrecipes.modules.base import StepModule, TrainingStopped
 from llmrecipes.modules.lora import LoraExpertModule
 from llmrecipes.modules.pretrain import PretrainModule
+from llmrecipes.modules.router import RouterModule
 
-__all__ = ["LoraExpertModule", "PretrainModule", "StepModule", "TrainingStopped"]
+__all__ = ["LoraExpertModule", "PretrainModule", "RouterModule", "StepModule", "TrainingStopped"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llmrecipes.modules.base import StepModule
 from llmrecipes.modules.loss_terms import LossTerm
 from llmrecipes.modules.routing_stats import StepRouting, routing_figures
 from llmrecipes.modules.step_record import StepRecord
-from llmrecipes.modules.trainable import set_trainable
+from llmrecipes.modules.trainable import frozen_active, set_trainable
 from llmrecipes.optim import AdamW, Schedule
 
 
@@ -88,9 +89,19 @@ class PretrainModule(StepModule):
 
     @property
     def keeps_base(self) -> bool:
+        return self.trained_params < self.config.num_params
+
+    @cached_property
+    def trained_params(self) -> int:
+        """Parameters that the run trains."""
+        if self.trainable == ["all"] and not self.frozen:
+            return self.config.num_params
         with torch.device("meta"):
-            model = self.build_model()
-        return not all(parameter.requires_grad for parameter in model.parameters())
+            return sum(p.numel() for p in self.build_model().parameters() if p.requires_grad)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Training FLOPs of one token: a frozen weight has no gradient of its own, 2 of the 6 per active weight."""
+        return self.config.flops_per_token(seq_len) - 2 * frozen_active(self.model, self.config)
 
     def _forward(self, batch: Batch) -> DecoderOutput:
         return self.model(batch.tokens, document_lengths=batch.document_lengths, token_mask=batch.token_mask)

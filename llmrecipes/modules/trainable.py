@@ -7,6 +7,8 @@ import re
 from torch import nn
 
 from llmrecipes.errors import UserError
+from llmrecipes.models.lora import is_adapter
+from llmrecipes.recipe.model_config import ModelConfig
 
 # Exact: a search for "gate" would also find the gate projections, and train a third of the feed-forward networks.
 GROUPS = {
@@ -62,3 +64,18 @@ def matching(item: str, names: list[str]) -> set[str]:
             "anything else is a regular expression"
         )
     return found
+
+
+def frozen_active(model: nn.Module, config: ModelConfig) -> int:
+    """Frozen parameters that one token is multiplied by: no lookup tables, k of N experts."""
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or (name == "embed.weight" and not config.tie_embeddings):
+            continue
+        share = 1.0
+        if config.lora is not None and is_adapter(name):
+            share = config.lora.active_stacks / config.lora.stacks
+        elif config.moe is not None and ".mlp.experts." in name and parameter.ndim == 3:
+            share = config.moe.top_k / config.moe.num_experts
+        total += share * parameter.numel() if name != "position_embed.weight" else 0
+    return round(total)

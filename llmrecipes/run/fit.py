@@ -217,8 +217,11 @@ def describe(cli: RecipeCLI, end: int) -> list[str]:
     """What is about to run up to step ``end``, for the log's first lines."""
     config, data, trainer = cli.model.config, cli.datamodule, cli.trainer
     sizes = f"model {config.num_params:,} parameters"
-    if config.moe:
-        sizes += f", {config.active_params:,} active ({config.moe.num_experts} experts, top {config.moe.top_k})"
+    if config.routing:
+        choices, top_k = config.routing.num_experts, config.routing.top_k
+        sizes += f", {config.active_params:,} active ({choices} experts, top {top_k})"
+    if cli.model.trained_params != config.num_params:
+        sizes += f", {cli.model.trained_params:,} trained"
     accumulation = data.global_batch // (data.micro_batch * data.data_ranks)
     strategy = trainer.strategy
     where = f"{trainer.world_size} x {strategy.root_device.type}"

@@ -11,6 +11,7 @@ from llmrecipes.recipe.rules.facts import CONFIG, MODEL, Facts, Finding
 def stage_problems(facts: Facts) -> Iterator[Finding]:
     """A run of another length than its token budget; adapters that are missing."""
     yield from _budget(facts)
+    yield from _routers(facts)
     if facts.get("model", "class_path") == "llmrecipes.modules.LoraExpertModule":
         if not facts.mapping(*CONFIG, "lora"):
             what = "LoraExpertModule trains adapters, but model.init_args.config has no lora"
@@ -18,6 +19,24 @@ def stage_problems(facts: Facts) -> Iterator[Finding]:
         if not isinstance(facts.get(*MODEL, "init_from"), str):
             what = "LoraExpertModule without init_from: adapters on a model that was never trained"
             yield Finding(MODEL, what, "init_from: a folder of convert from-hf, or a run")
+
+
+def _routers(facts: Facts) -> Iterator[Finding]:
+    if facts.get("model", "class_path") != "llmrecipes.modules.RouterModule":
+        return
+    lora, moe = (*CONFIG, "lora", "experts"), (*CONFIG, "moe")
+    place = lora if facts.mapping(*lora) else moe
+    if not facts.mapping(*place):
+        yield Finding(
+            CONFIG, "RouterModule trains routers, but model.init_args.config has neither moe nor lora.experts"
+        )
+    elif facts.integer(*place, "top_k") == 1 and (place == lora or facts.get(*moe, "renormalize") in (None, True)):
+        what = "top_k 1: the one weight is always 1, so the loss gives the router no gradient"
+        if place == lora:  # of moe the rules of the model say so
+            yield Finding((*place, "top_k"), what, "use top_k: 2")
+    if not isinstance(facts.get(*MODEL, "init_from"), str):
+        what = "RouterModule without init_from: routers between experts that were never trained"
+        yield Finding(MODEL, what, "init_from: a folder of llmrecipes merge")
 
 
 def _budget(facts: Facts) -> Iterator[Finding]:
