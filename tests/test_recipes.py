@@ -63,10 +63,11 @@ def command_of(path: Path) -> tuple[list[Path], list[str]]:
 def test_all_files_were_seen():
     on_disk = [p for p in ROOT.rglob("*") if p.is_file() and p.suffix in (".yaml", ".yml")]
     assert len(EVERY_FILE) == len(on_disk)
-    assert len(TRAINING) >= 4
+    assert len(TRAINING) >= 12
     names = {str(path) for path in TRAINING}
-    for kind in ("dense", "moe"):  # each with its small twin
-        assert {f"recipes/{kind}_pretrain.yaml", f"recipes/cpu/{kind}_pretrain.yaml"} <= names
+    for stage in ("dense_pretrain", "moe_pretrain", "router_train"):  # each with its small twin
+        assert {f"recipes/{stage}.yaml", f"recipes/cpu/{stage}.yaml"} <= names
+    assert {f"recipes/lora_expert_{domain}.yaml" for domain in ("wiki", "math", "novel")} <= names
 
 
 @pytest.mark.parametrize("path", EVERY_FILE, ids=str)
@@ -84,9 +85,8 @@ def test_header_says_what_a_reader_needs(path):
 def test_command_in_the_header_is_about_the_file(path):
     configs, _ = command_of(path)
     assert configs[-1] == path
-    complete = {"model", "data", "trainer"} <= set(yaml.safe_load(path.read_text(encoding="utf-8"))) and "name" in (
-        yaml.safe_load(path.read_text(encoding="utf-8"))
-    )
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    complete = {"name", "data", "trainer"} <= set(recipe) and "class_path" in recipe.get("model", {})
     assert len(configs) == (1 if complete else 2), "an overlay follows its base"
     for base in configs[:-1]:
         assert len(command_of(base)[0]) == 1
@@ -123,7 +123,11 @@ def test_parsed_against_the_real_signatures(path):
 @pytest.mark.parametrize("path", TRAINING, ids=str)
 def test_numbers_in_the_header_belong_to_the_recipe(path):
     configs, overrides = command_of(path)
-    vocabulary = read_recipe(configs, overrides).data["model"]["init_args"]["config"]["vocab_size"]
+    model = read_recipe(configs, overrides).data["model"]["init_args"]
+    if "init_from" in model:
+        assert re.search(r"first loss (that of|near that of) ", header(path)["Expect"])
+        return
+    vocabulary = model["config"]["vocab_size"]
     (found,) = re.findall(r"first loss ln ([\d,]+) = ([\d.]+\d)", header(path)["Expect"])
     assert int(found[0].replace(",", "")) == vocabulary
     digits = len(found[1].partition(".")[2])
@@ -134,7 +138,9 @@ def model_config(name):
     return build_config(read_recipe([ROOT / name]).data["model"]["init_args"]["config"])
 
 
-@pytest.mark.parametrize("name", ["dense_pretrain.yaml", "moe_pretrain.yaml"])
+@pytest.mark.parametrize(
+    "name", ["dense_pretrain.yaml", "moe_pretrain.yaml", "lora_expert_wiki.yaml", "router_train.yaml"]
+)
 def test_expected_parameters_are_met_and_a_slip_is_noticed(name, tmp_path):
     expected = read_recipe([ROOT / name]).data["model"]["init_args"]["expected_params"]
     assert model_config(name).num_params == expected
