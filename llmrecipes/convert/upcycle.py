@@ -121,6 +121,8 @@ def mixture_config(dense: ModelConfig, experts: int, top_k: int, renormalize: bo
     """
     if dense.moe is not None:
         raise UserError(f"upcycle: the model has {dense.moe.num_experts} experts already; it must be dense")
+    if dense.lora is not None:
+        raise UserError("upcycle: the model has adapters; fold them first (llmrecipes merge fold)")
     if dense.bias:
         raise UserError("upcycle: the feed-forward network has biases (bias: true), which experts have not")
     assert dense.ffn_dim is not None

@@ -13,7 +13,7 @@ import yaml
 from llmrecipes.callbacks import GracefulStop, Logging, draw_loss_curve
 from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
 from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
-from llmrecipes.checkpoint import describe_base, newest_whole, read_info
+from llmrecipes.checkpoint import base_of, describe_base, newest_whole, read_info
 from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMarks, ranks_end_together
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
@@ -170,8 +170,14 @@ def _decide_validation(cli: RecipeCLI, folder: Path) -> Decision:
     if path is None:
         raise UserError(f"{folder}/checkpoints: no whole checkpoint to validate; train first with llmrecipes fit")
     cli.callback(Logging).validated_step = step = read_info(path)["step"]
+    base = base_of(path)
+    if base is not None and _base(cli).get("base") != base:
+        raise UserError(
+            f"{path} was trained over the weights of {base['folder']}, which are not those of init_from now"
+        )
     log.info(f"validating {path} ({step} steps)")
-    return Decision(checkpoint=str(path), start_step=step)
+    recorded = read_info(path)["progress"]["trajectory"]
+    return Decision(trajectory=recorded, checkpoint=str(path), start_step=step)
 
 
 def trajectory(cli: RecipeCLI) -> dict[str, Any]:

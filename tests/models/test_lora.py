@@ -12,7 +12,7 @@ from llmrecipes.errors import UserError
 from llmrecipes.losses import linear_cross_entropy
 from llmrecipes.models import Decoder, LoraConfig, LoraExperts, ModelConfig, init_weights
 from llmrecipes.models.low_rank import choose_form, routed_update, sort_pairs
-from llmrecipes.modules.trainable import GROUPS, matching, set_trainable
+from llmrecipes.modules.trainable import GROUPS, frozen_active, matching, set_trainable
 
 SIZES = {"vocab_size": 64, "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48}
 LLAMA2_7B = {"vocab_size": 32000, "dim": 4096, "num_layers": 32, "num_heads": 32, "ffn_dim": 11008}
@@ -265,6 +265,19 @@ def test_frozen_weights_have_no_gradient_at_all(kind):
     for name, p in decoder.named_parameters():
         assert (p.grad is not None) == p.requires_grad, name
         assert p.requires_grad == (".lora." in name and "router" not in name if kind == "one" else "router" in name)
+
+
+def test_frozen_weights_cost_two_thirds():
+    """Forward and the gradient of what they are multiplied by, but none of their own: 4 FLOPs per weight, not 6."""
+    decoder = build(KINDS["per_linear"])
+    config = decoder.config
+    set_trainable(decoder, ["all"], [])
+    assert frozen_active(decoder, config) == 0
+    set_trainable(decoder, ["embeddings"], [])
+    assert frozen_active(decoder, config) == config.active_params - config.vocab_rows * config.dim
+    set_trainable(decoder, ["all"], ["lora"])
+    stacks = sum(p.numel() for name, p in decoder.named_parameters() if not p.requires_grad)
+    assert frozen_active(decoder, config) == stacks * 2 // 3
 
 
 def test_groups_are_exact():

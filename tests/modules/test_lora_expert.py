@@ -51,12 +51,16 @@ def adapter_names(names):
     return {name for name in names if ".lora." in name}
 
 
-def test_only_adapters_move_and_only_they_are_saved(base, whole):
+def test_only_adapters_move_and_only_they_are_saved(base, whole, capsys):
     before, after = (read_model(run).model.state_dict() for run in (base, whole))
     assert all(torch.equal(after[name], before[name]) for name in before)
     added = adapter_names(after)
     assert after.keys() - before.keys() == added and len(added) == 2 * 7 * 2
     assert all(after[name].any() for name in added)
+    recorded = [r for r in trajectory(whole) if "val_loss" in r][-1]
+    capsys.readouterr()
+    assert cli("validate", "--config", whole / "recipe.yaml", "--run_root", whole.parent) == 0
+    assert f"val_loss {recorded['val_loss']:.4f}" in capsys.readouterr().out.replace("  ", " ")
     (step,) = (whole / "checkpoints").glob("step=000008")
     (saved,) = (step / "model").glob("*.safetensors")
     assert load_file(saved).keys() == added

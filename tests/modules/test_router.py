@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import cli, saved_tensors, trajectory, write_recipe
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from llmrecipes.convert.folder import read_model
 from llmrecipes.data import ShardWriter
+from llmrecipes.recipe import read_recipe
 
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.1}
 
@@ -151,6 +153,43 @@ def test_gate_and_head_or_all(world, domains, recipe, tmp_path, capsys):
         logged = (tmp_path / name / "log.txt").read_text()
         trained = 2 * 3 * 32 + 64 * 32
         assert (f"{trained:,} trained" in logged) == (name == "head")
+
+
+def test_the_folder_of_a_merge_says_what_to_train_and_leaves_the_stage_to_the_recipe(world, domains, recipe, tmp_path):
+    config = router_stage(recipe, world, domains, "per_mlp")
+    config["model"]["init_args"]["config"] = {"vocab_size": 64, "dim": 8, "num_layers": 1, "num_heads": 1, "ffn_dim": 8}
+    del config["model"]["init_args"]["init_from"]
+    path = write_recipe(tmp_path, config)
+    assert cli("check", path, "--config", world / "merged_per_mlp" / "model.yaml") == 0
+    merged = read_recipe([path, world / "merged_per_mlp" / "model.yaml"]).data["model"]
+    assert merged["class_path"] == "llmrecipes.modules.RouterModule"
+    assert merged["init_args"]["config"]["lora"]["experts"]["num_experts"] == 2
+
+
+def test_two_processes_that_share_the_model_resume_exactly(world, domains, recipe, tmp_path):
+    """Sharded, stopped and resumed: the very run, and that of one process up to rounding."""
+    config = router_stage(recipe, world, domains, "per_linear", steps=6)
+    config["data"]["init_args"]["micro_batch"] = 4
+    config["checkpoint"]["every"] = "3 steps"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert fit(alone, config) == 0
+    sharded = {"class_path": "llmrecipes.distributed.ShardedStrategy", "init_args": {"mode": "full_shard"}}
+    config["trainer"] |= {"devices": 2, "strategy": sharded}
+    path = write_recipe(tmp_path, config)
+    for name, words in (("whole", [[]]), ("parts", [["--trainer.max_steps", "3"], []])):
+        for more in words:
+            assert run_ranks(2, cli, "fit", "--config", path, "--run_root", tmp_path / name, *more) == [0, 0]
+    runs = [tmp_path / "whole" / "router", tmp_path / "parts" / "router", alone / "router"]
+    records = [[r for r in trajectory(run) if "loss" in r] for run in runs]
+    assert records[0] == records[1] and len(records[0]) == 6
+    assert saved_tensors(runs[0], 6) == saved_tensors(runs[1], 6)
+    states = [read_model(run).model.state_dict() for run in (*runs, world / "merged_per_linear")]
+    for name, tensor in states[0].items():
+        if name.endswith("router.weight"):
+            assert (tensor - states[2][name]).abs().max() < 1e-4 and not torch.equal(tensor, states[3][name])
+        else:
+            assert torch.equal(tensor, states[3][name]), name
 
 
 def test_a_trained_router_folds_and_is_exported(routed, tmp_path):
