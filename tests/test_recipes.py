@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_all_files_were_seen():
     for stage in ("dense_pretrain", "moe_pretrain", "router_train"):  # each with its small twin
         assert {f"recipes/{stage}.yaml", f"recipes/cpu/{stage}.yaml"} <= names
     assert {f"recipes/lora_expert_{domain}.yaml" for domain in ("wiki", "math", "novel")} <= names
+    assert {"recipes/prmoe_125m.yaml", "recipes/prmoe_350m.yaml", "recipes/cpu/prmoe_pretrain.yaml"} <= names
 
 
 @pytest.mark.parametrize("path", EVERY_FILE, ids=str)
@@ -138,13 +140,14 @@ def model_config(name):
     return build_config(read_recipe([ROOT / name]).data["model"]["init_args"]["config"])
 
 
-@pytest.mark.parametrize(
-    "name", ["dense_pretrain.yaml", "moe_pretrain.yaml", "lora_expert_wiki.yaml", "router_train.yaml"]
-)
+COUNTED = ("dense_pretrain", "moe_pretrain", "prmoe_125m", "prmoe_350m", "lora_expert_wiki", "router_train")
+
+
+@pytest.mark.parametrize("name", [f"{name}.yaml" for name in COUNTED])
 def test_expected_parameters_are_met_and_a_slip_is_noticed(name, tmp_path):
     expected = read_recipe([ROOT / name]).data["model"]["init_args"]["expected_params"]
     assert model_config(name).num_params == expected
-    problems = check([ROOT / name], ["--model.init_args.config.num_layers", "24"], files=False)
+    problems = check([ROOT / name], ["--model.init_args.config.vocab_size", "60000"], files=False)
     assert any("not the expected" in str(problem) for problem in problems)
 
 
@@ -156,6 +159,30 @@ def test_the_source_documents_numbers():
     data = recipe["data"]["init_args"]
     assert data["global_batch"] * data["seq_len"] == 2_359_296
     assert recipe["trainer"]["max_steps"] * data["global_batch"] * data["seq_len"] == 147_456_000_000
+
+
+def test_the_published_numbers_of_pr_moe():
+    """DeepSpeed's PR-MoE-32/64 of 4 B parameters on a GPT of 350 M, and the source documents' small one."""
+    small, large = (read_recipe([ROOT / f"prmoe_{size}.yaml"]).data for size in ("125m", "350m"))
+    for recipe, rate in ((small, 6e-4), (large, 3e-4)):
+        init, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
+        tokens = data["global_batch"] * data["seq_len"]
+        assert abs(recipe["trainer"]["max_steps"] * tokens - 300e9) < tokens
+        schedule = init["schedule"]["init_args"]
+        assert schedule["warmup"] == "375M tokens" and schedule["decay"] is None
+        assert init["optimizer"]["init_args"]["lr"] == rate
+        assert rate * schedule["floor"] == pytest.approx(1e-6, rel=1e-5)
+    moe, config = model_config("prmoe_350m.yaml").moe, model_config("prmoe_350m.yaml")
+    assert config.layer_experts == [32] * 10 + [64] * 2 and (moe.top_k, moe.capacity_factor, moe.min_capacity) == (
+        1,
+        1,
+        4,
+    )
+    assert (config.num_params, config.active_params) == (4_114_499_608, 457_066_520)
+    dense = replace(config, moe=None)
+    assert dense.num_params == pytest.approx(350e6, rel=0.02)
+    assert model_config("prmoe_125m.yaml").layer_experts == [4] * 6
+    assert replace(model_config("prmoe_125m.yaml"), moe=None).num_params == pytest.approx(125e6, rel=0.01)
 
 
 def test_cpu_twins_are_a_fair_pair():

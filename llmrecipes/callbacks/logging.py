@@ -147,6 +147,8 @@ def console_line(record: dict[str, Any], max_steps: int, seconds_left: float | N
             f"balance {record['aux_loss']:.3f} maxvio {max(record['max_violation']):.2f}"
             + (f" dead {dead}" if dead else "")
         )
+    if "dropped_fraction" in record:
+        parts.append(f"dropped {100 * max(record['dropped_fraction']):.1f}%")
     if seconds_left is not None:
         parts.append(f"ETA {clock(seconds_left)}")
     return "  ".join(parts)

@@ -120,7 +120,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _llama_like(r: Reader, family: str) -> dict[str, Any]:
-    """Llama, Mistral, Qwen2, Qwen3, Mixtral, OLMoE, Qwen3-MoE."""
+    """Llama, Mistral, Qwen2, Qwen3, Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE."""
     theta, scaling = _rope(r, family)
     r.only("hidden_act", *_SILU, why="only 'silu' (SwiGLU) is supported")
     r.no_dropout("attention_dropout")
@@ -130,14 +130,17 @@ def _llama_like(r: Reader, family: str) -> dict[str, Any]:
     layers = r.size("num_hidden_layers")
     window, window_layers = _window(r, family, layers)
     qkv_bias = out_bias = (
-        bool(r.get("attention_bias", False)) if family not in ("qwen2", "mistral", "mixtral") else False
+        bool(r.get("attention_bias", False)) if family not in ("qwen2", "mistral", "mixtral", "qwen2_moe") else False
     )
     if family == "qwen2":
         qkv_bias = True
+    if family == "qwen2_moe":
+        qkv_bias = bool(r.get("qkv_bias", True))
     bias = bool(r.get("mlp_bias", False)) if family == "llama" else False
     moe = _experts(r, family)
-    dense_layers = sorted(r.get("mlp_only_layers", [])) if family == "qwen3_moe" else []
-    every = r.size("decoder_sparse_step", 1) if family == "qwen3_moe" else 1
+    mixed = family in ("qwen2_moe", "qwen3_moe")
+    dense_layers = sorted(r.get("mlp_only_layers", [])) if mixed else []
+    every = r.size("decoder_sparse_step", 1) if mixed else 1
     ffn_dim = None if family in ("mixtral", "olmoe") else r.size("intermediate_size")
     if moe is not None and every == 1 and not dense_layers:
         ffn_dim = None
@@ -168,7 +171,7 @@ def _llama_like(r: Reader, family: str) -> dict[str, Any]:
 
 def _kv_heads(family: str, heads: int) -> int:
     """What transformers assumes where config.json is silent."""
-    return {"qwen2": 32, "qwen3": 32, "mistral": 8, "mixtral": 8, "qwen3_moe": 4}.get(family, heads)
+    return {"qwen2": 32, "qwen3": 32, "mistral": 8, "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}.get(family, heads)
 
 
 def _rope(r: Reader, family: str) -> tuple[float, RopeScaling | None]:
@@ -223,7 +226,9 @@ def _window(r: Reader, family: str, layers: int) -> tuple[int | None, list[int] 
     if family == "qwen3_moe":
         return window, None  # transformers gives it to every layer, whatever max_window_layers says
     if listed is None:
-        listed = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        # Qwen2-MoE: every other layer below the first full one.
+        slides = [i % 2 == 0 and i < first if family == "qwen2_moe" else i >= first for i in range(layers)]
+        listed = ["sliding_attention" if yes else "full_attention" for yes in slides]
     if set(listed) - {"sliding_attention", "full_attention"} or len(listed) != layers:
         r.problems.append(f"layer_types {listed!r}: one of 'sliding_attention', 'full_attention' for each layer")
         return None, None
@@ -234,7 +239,9 @@ def _window(r: Reader, family: str, layers: int) -> tuple[int | None, list[int] 
 
 
 def _experts(r: Reader, family: str) -> MoEConfig | None:
-    defaults = {"mixtral": (8, 2, 0.001), "olmoe": (64, 8, 0.01), "qwen3_moe": (128, 8, 0.001)}
+    defaults = {
+        "mixtral": (8, 2, 0.001), "olmoe": (64, 8, 0.01), "qwen2_moe": (60, 4, 0.001), "qwen3_moe": (128, 8, 0.001)
+    }  # fmt: skip
     if family not in defaults:
         return None
     experts, top_k, coef = defaults[family]
@@ -244,12 +251,23 @@ def _experts(r: Reader, family: str) -> MoEConfig | None:
     r.only("clip_qkv", why="clipping of queries, keys and values is not supported")
     if family == "mixtral":
         r.only("router_jitter_noise", 0, why="noise on the router's input is not supported; set it to 0")
-    width = r.size("moe_intermediate_size", 768) if family == "qwen3_moe" else r.size("intermediate_size")
+    if family in ("qwen2_moe", "qwen3_moe"):
+        width = r.size("moe_intermediate_size", 768 if family == "qwen3_moe" else 1408)
+    else:
+        width = r.size("intermediate_size")
+    shared = r.size("shared_expert_intermediate_size", 5632) if family == "qwen2_moe" else None
     renormalize = True if family == "mixtral" else bool(r.get("norm_topk_prob", False))
     if top_k > experts:
         r.problems.append(f"num_experts_per_tok {top_k}: there are {experts} experts")
         return None
-    return MoEConfig(num_experts=experts, ffn_dim=width, top_k=top_k, balance_coef=coef, renormalize=renormalize)
+    return MoEConfig(
+        num_experts=experts,
+        ffn_dim=width,
+        top_k=top_k,
+        balance_coef=coef,
+        renormalize=renormalize,
+        shared_ffn_dim=shared,
+    )
 
 
 def _gpt2(r: Reader) -> dict[str, Any]:

@@ -103,9 +103,11 @@ def _attention(config: ModelConfig, family: str) -> dict[str, Any]:
         hf["mlp_bias"] = config.bias
     if family in ("mistral", "mixtral"):
         hf["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3", "qwen3_moe"):
+    if family == "qwen2_moe":
+        hf["qkv_bias"] = config.qkv_bias
+    if family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
         hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen2_moe"):
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         hf["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
         # What older versions of transformers look at: right where the windows begin at one layer and go on.
@@ -119,10 +121,13 @@ def _experts(config: ModelConfig, family: str) -> dict[str, Any]:
         return {}
     hf: dict[str, Any] = {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": moe.balance_coef}
     hf |= {"output_router_logits": False}
+    experts = moe.num_experts or config.layer_experts[0]
     if family == "mixtral":
-        return hf | {"num_local_experts": moe.num_experts}
-    hf |= {"num_experts": moe.num_experts, "norm_topk_prob": moe.renormalize}
+        return hf | {"num_local_experts": experts}
+    hf |= {"num_experts": experts, "norm_topk_prob": moe.renormalize}
     if family == "olmoe":
         return hf
+    if moe.shared_ffn_dim is not None:
+        hf["shared_expert_intermediate_size"] = moe.shared_ffn_dim
     every, listed = config.moe_every, config.dense_layers or []
     return hf | {"moe_intermediate_size": moe.ffn_dim, "decoder_sparse_step": every, "mlp_only_layers": listed}

@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "bloom": "BloomForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 # Read, but written as another: the code of Qwen-1 is not in transformers, and Qwen2 computes the same.
@@ -44,6 +45,8 @@ def _nearest(config: ModelConfig) -> str:
     if config.norm == "layer" or config.positions in ("alibi", "learned"):
         return "bloom" if config.positions == "alibi" else "gpt2"
     if config.moe is not None:
+        if config.moe.shared_ffn_dim is not None:
+            return "qwen2_moe"
         if not config.qk_norm:
             return "mixtral"
         return "qwen3_moe" if config.qk_norm_scope == "head" else "olmoe"
@@ -100,11 +103,15 @@ def _modern(config: ModelConfig, family: str) -> Iterator[str]:
         yield "embedding_norm: true"
     if config.bias and family != "llama":
         yield "bias: true"
-    if config.has_out_bias != config.qkv_bias and family != "qwen2":
+    if config.has_out_bias != config.qkv_bias and family not in ("qwen2", "qwen2_moe"):
         yield f"qkv_bias: {str(config.qkv_bias).lower()} beside out_bias: {str(config.has_out_bias).lower()}"
+    elif config.has_out_bias and family == "qwen2_moe":
+        yield "out_bias: true"
     elif config.qkv_bias and family in ("mixtral", "mistral"):
         yield "qkv_bias: true"
-    if config.qk_norm and config.qk_norm_scope == "all" and family != "olmoe":
+    if config.qk_norm and family == "qwen2_moe":
+        yield "qk_norm: true beside moe.shared_ffn_dim"
+    elif config.qk_norm and config.qk_norm_scope == "all" and family != "olmoe":
         yield "qk_norm_scope: all in a dense model"
     if config.head_width * config.num_heads != config.dim and family == "olmoe":
         yield f"head_dim: {config.head_dim}"
@@ -114,17 +121,23 @@ def _modern(config: ModelConfig, family: str) -> Iterator[str]:
         windows = [config.window_of(layer) for layer in range(config.num_layers)]
         if family in ("llama", "olmoe"):
             yield f"sliding_window: {config.sliding_window}"
-        elif None in windows and family not in ("qwen2", "qwen3"):
+        elif None in windows and family not in ("qwen2", "qwen3", "qwen2_moe"):
             yield "window_layers: not all layers"
 
 
 def _experts(config: ModelConfig, family: str) -> Iterator[str]:
     if config.moe is None:
         return
-    if config.num_moe_layers != config.num_layers and family != "qwen3_moe":
+    if config.num_moe_layers != config.num_layers and family not in ("qwen2_moe", "qwen3_moe"):
         yield f"{config.num_layers - config.num_moe_layers} layers without experts"
     if config.moe.router != "per_mlp":
         yield f"moe.router: {config.moe.router}"
+    if len(set(config.layer_experts)) > 1:
+        yield "moe.experts_per_layer: layers with different numbers of experts"
+    if config.moe.residual:
+        yield "moe.residual: true"
+    if config.moe.eval_capacity_factor is not None:
+        yield f"moe.eval_capacity_factor: {config.moe.eval_capacity_factor}, with which experts drop tokens"
     if config.moe.score != "softmax":
         yield f"moe.score: {config.moe.score}"
     if family == "mixtral" and not config.moe.renormalize:

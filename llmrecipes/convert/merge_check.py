@@ -15,7 +15,7 @@ from llmrecipes.convert.readers import Reader, build
 from llmrecipes.convert.verify import in_fp32, near_ties, random_tokens, tolerance
 from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder
-from llmrecipes.models.moe import Router
+from llmrecipes.models.router import Router
 
 
 @contextmanager

@@ -141,15 +141,20 @@ def _llama_like(config: ModelConfig, family: str, fused: bool) -> Iterator[Part]
 
 def _experts(config: ModelConfig, us: str, them: str, family: str, fused: bool) -> Iterator[Part]:
     assert config.moe is not None
-    ffn = config.moe.ffn_dim
+    ffn, shared = config.moe.ffn_dim, config.moe.shared_ffn_dim
     block = f"{them}.{'block_sparse_moe' if family == 'mixtral' and not fused else 'mlp'}"
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     yield Part(f"{block}.gate.weight", f"{us}.mlp.gate.weight")
+    if shared is not None:
+        yield Part(f"{block}.shared_expert_gate.weight", f"{us}.mlp.shared_gate.weight")
+        halves = tuple(f"{block}.shared_expert.{name}_proj" for name in ("gate", "up"))
+        yield from _linear(f"{us}.mlp.shared.gate_up", halves, (shared, shared), bias=False)
+        yield Part(f"{block}.shared_expert.down_proj.weight", f"{us}.mlp.shared.down.weight")
     if fused:
         yield Part(f"{block}.experts.gate_up_proj", f"{us}.mlp.experts.gate_up_proj")
         yield Part(f"{block}.experts.down_proj", f"{us}.mlp.experts.down_proj")
         return
-    for e in range(config.moe.num_experts):
+    for e in range(config.layer_experts[0]):
         expert = f"{block}.experts.{e}"
         yield Part(f"{expert}.{gate}.weight", f"{us}.mlp.experts.gate_up_proj", e, 0, ffn)
         yield Part(f"{expert}.{up}.weight", f"{us}.mlp.experts.gate_up_proj", e, ffn, 2 * ffn)

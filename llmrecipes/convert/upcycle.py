@@ -120,7 +120,7 @@ def mixture_config(dense: ModelConfig, experts: int, top_k: int, renormalize: bo
         UserError: it is a mixture already, or its network has biases, which experts have not.
     """
     if dense.moe is not None:
-        raise UserError(f"upcycle: the model has {dense.moe.num_experts} experts already; it must be dense")
+        raise UserError(f"upcycle: the model has {max(dense.layer_experts)} experts already; it must be dense")
     if dense.lora is not None:
         raise UserError("upcycle: the model has adapters; fold them first (llmrecipes merge fold)")
     if dense.bias:

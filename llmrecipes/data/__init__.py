@@ -7,13 +7,17 @@ from typing import Any
 
 _HOME = {
     "Batch": "batch",
+    "ChatExamples": "chat_data",
     "IndexedShard": "shards",
     "Manifest": "manifest",
     "Order": "order",
-    "PackedShards": "datamodule",
+    "PackedShards": "packed_shards",
     "PackedSource": "packing",
     "Permutation": "order",
+    "PreferenceBatch": "preference_data",
+    "PreferencePairs": "preference_data",
     "ShardWriter": "shards",
+    "StepData": "step_data",
     "Tokenizer": "tokenizer",
     "verify": "verify",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +96,27 @@ class Tokenizer:
         if self._pieces is not None:
             return self._pieces.encode(text, out_type=int, add_bos=False, add_eos=False)
         return self._fast.encode(text, add_special_tokens=False).ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which special pieces are written out, as a chat template does: ``...answer</s>``."""
+        if self._fast is not None:
+            return self.encode(text)
+        ids: list[int] = []
+        for part in self._control.split(text):
+            special = self._controls.get(part)
+            ids += [special] if special is not None else self.encode(part)
+        return ids
+
+    @cached_property
+    def _controls(self) -> dict[str, int]:
+        """SentencePiece never reads its control pieces from a text by itself."""
+        ids = [i for i in range(self.vocab_size) if self._pieces.is_control(i)]
+        return {self.piece(i): i for i in ids}
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        longest_first = sorted(self._controls, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts, in one thread: processes, one per core, are how to use more."""

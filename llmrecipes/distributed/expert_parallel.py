@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
@@ -54,12 +55,13 @@ class _Travel:
         self.group, self.parts, self.num_experts = group, parts, num_experts
 
     def __call__(
-        self, x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: Tensor, kind: Activation
-    ) -> Tensor:
+        self, x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: Tensor, kind: Activation,
+        may_drop: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The weighted sum over each token's experts, [T, D], wherever they are.
 
         Pairs are sorted by expert (and so by process), sent, computed where their expert lives with weight one, sent
-        back, and summed per token in the order of its choices, as without division.
+        back, and summed per token in the order of its choices, as without division. Dropped pairs stay at home.
         """
         up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (up, down))
         device = x.device.type
@@ -68,16 +70,19 @@ class _Travel:
         top_k, here = experts.shape[1], self.num_experts // self.parts
         flat = experts.reshape(-1)
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.num_experts)
+        counts = torch.bincount(flat, minlength=self.num_experts + may_drop)[: self.num_experts]
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)  # [process, its local expert]
         send = counts.view(self.parts, here).sum(1).tolist()
         receive = arriving.view(self.parts, here).sum(1).tolist()
-        rows = _exchange(x.index_select(0, order // top_k), receive, send, self.group)
+        leaving = order[: sum(send)]
+        rows = _exchange(x.index_select(0, leaving // top_k), receive, send, self.group)
         local = torch.arange(here, device=x.device).repeat(self.parts).repeat_interleave(arriving)
         ones = torch.ones(len(local), 1, dtype=weights.dtype, device=x.device)
         rows = run_experts(rows, ones, local[:, None], up, down, kind)
         rows = _exchange(rows, send, receive, self.group)
+        if may_drop:
+            rows = F.pad(rows, (0, 0, 0, len(order) - len(leaving)))
         slot = torch.empty_like(order)
         slot[order] = torch.arange(len(order), device=x.device)
         picked = rows.index_select(0, slot).view(*weights.shape, rows.shape[-1])

@@ -11,7 +11,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from llmrecipes.errors import UserError
-from llmrecipes.models.moe import MoE, Router
+from llmrecipes.models.moe import MoE
+from llmrecipes.models.router import Router
 
 
 @dataclass(frozen=True)

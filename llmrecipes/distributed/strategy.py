@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
+from llmrecipes.distributed.compiled import compile_blocks
 from llmrecipes.distributed.expert_parallel import divide_experts
 from llmrecipes.distributed.launcher import RankLauncher
 from llmrecipes.distributed.recompute import Recompute, recompute_blocks
@@ -176,15 +177,18 @@ class ShardedStrategy(ModelParallelStrategy):
 
     # ---- the model
 
-    def parallelize(self, model: nn.Module) -> None:
-        """Divide experts, recompute activations, share parameters: block by block, in this order, in place.
+    def parallelize(self, model: nn.Module, compiled: bool = False) -> None:
+        """Divide experts, recompute activations, compile, share parameters: block by block, in this order, in place.
 
         Args:
             model: on the meta device or not; a decoder with ``layers``.
+            compiled: fuse each block by torch.compile.
         """
         if self._expert_mesh is not None:
             divide_experts(model, self._expert_mesh["expert"])
         recompute_blocks(model, self.activation_checkpointing)
+        if compiled:
+            compile_blocks(model)
         half = getattr(self.precision_plugin, "precision", None) == "bf16-mixed"
         sharding = Sharding(
             mesh=self.device_mesh,

@@ -35,8 +35,8 @@ class DecoderOutput(NamedTuple):
 def make_mlp(config: ModelConfig, layer: int) -> MLP | MoE | LinearMoE | RoutedMLP:
     """The feed-forward network of a block, with or without experts."""
     if config.moe is not None and config.is_moe_layer(layer):
-        return MoE(config) if config.moe.router == "per_mlp" else LinearMoE(config)
-    return RoutedMLP(config, layer) if has_routed_mlp(config, layer) else MLP(config, layer)
+        return MoE(config, layer) if config.moe.router == "per_mlp" else LinearMoE(config, layer)
+    return RoutedMLP(config, layer) if has_routed_mlp(config, layer) else MLP(config, layer=layer)
 
 
 class Block(nn.Module):
@@ -54,14 +54,14 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def forward(
-        self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None
+        self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None, dropless: bool = False
     ) -> tuple[Tensor, list[Routing]]:
         """Transform ``x`` [B, T, dim]; the second result has an entry per router, none for a dense layer."""
         routes = Routes(token_mask)
         x = x + self._drop(self.attention(self.attention_norm(x), context, routes))
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
-            update, routing = self.mlp(normed, token_mask)
+            update, routing = self.mlp(normed, token_mask, dropless)
             return x + self._drop(update), [*routes.found, routing]
         return x + self._drop(self.mlp(normed, routes)), routes.found
 
@@ -116,6 +116,7 @@ class Decoder(nn.Module):
         document_lengths: list[list[int]] | None = None,
         token_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        dropless: bool = False,
     ) -> DecoderOutput:
         """Run the decoder.
 
@@ -125,13 +126,15 @@ class Decoder(nn.Module):
                 each other and positions restart at each; None = one document per row.
             token_mask: [B, T], True for real tokens; the others do not enter the routing statistics.
             cache: keys and values of earlier tokens; extended in place.
+            dropless: let experts take every token, whatever their capacity. Always so with a cache: which tokens are
+                dropped would depend on how many are computed at a time.
         """
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
         context = make_context(self.config, tokens, dtype, document_lengths, cache)
         x = self._embed(tokens, context)
         routings: list[Routing] = []
         for block in self.layers:
-            x, found = block(x, context, token_mask)
+            x, found = block(x, context, token_mask, dropless or cache is not None)
             routings += found
         if cache is not None:
             cache.advance(tokens.shape[1])

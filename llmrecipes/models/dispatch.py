@@ -1,7 +1,9 @@
-"""Sends tokens to their experts and sums what comes back: dropless, and bitwise repeatable.
+"""Sends tokens to their experts and sums what comes back, bitwise repeatable.
 
 Token-expert pairs are sorted by expert, each expert's rows are one block of a grouped matrix product, and a token's k
 results are gathered and added in the order in which its experts were chosen: no atomic addition anywhere.
+No pair is dropped here; those that the router dropped name the expert E, are sorted behind all others, and no product
+is computed for them.
 """
 
 from __future__ import annotations
@@ -24,35 +26,44 @@ class Plan(NamedTuple):
         slot: sorted row of each pair (token-major), [S].
         order: pair of each sorted row, [R]; S for padding.
         ends: last row + 1 of each expert's block, [E] int32.
+        dropped: pairs that no expert takes, [S] bool; None = there are none. Sorted rows of theirs hold no number.
     """
 
     token: Tensor
     slot: Tensor
     order: Tensor
     ends: Tensor
+    dropped: Tensor | None = None
 
 
-def make_plan(experts: Tensor, num_experts: int, multiple: int = 1) -> Plan:
+def make_plan(experts: Tensor, num_experts: int, multiple: int = 1, may_drop: bool = False) -> Plan:
     """Sort the pairs of ``experts`` [T, k] by expert; a stable sort keeps tokens in order.
 
     ``multiple`` > 1 pads each expert's block to that many rows (and waits for the device to know how many).
+    With ``may_drop`` pairs of expert ``num_experts`` are those that no expert takes.
     """
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
     slot = torch.empty_like(order)
-    counts = torch.bincount(flat, minlength=num_experts)
+    counts = torch.bincount(flat, minlength=num_experts + may_drop)[:num_experts]
     rows = torch.arange(order.numel(), device=order.device)
+    dropped = flat == num_experts if may_drop else None
     if multiple == 1:
         slot[order] = rows
-        return Plan(order // experts.shape[1], slot, order, counts.cumsum(0).to(torch.int32))
+        return Plan(order // experts.shape[1], slot, order, counts.cumsum(0).to(torch.int32), dropped)
+    if may_drop:
+        slot.zero_()  # of a dropped pair: any row, it is not looked at
+        order = order[: int(counts.sum())]
+        rows = rows[: len(order)]
     blocks = (counts + multiple - 1) // multiple * multiple
     ends = blocks.cumsum(0)
     shift = (ends - blocks) - (counts.cumsum(0) - counts)  # how far padding moves each expert's rows
     placed = rows + shift.index_select(0, flat.index_select(0, order))
     slot[order] = placed
-    padded = torch.full((int(ends[-1]),), order.numel(), dtype=order.dtype, device=order.device)
+    size = max(int(ends[-1]), multiple)
+    padded = torch.full((size,), flat.numel(), dtype=order.dtype, device=order.device)
     padded[placed] = order
-    return Plan(padded // experts.shape[1], slot, padded, ends.to(torch.int32))
+    return Plan(padded // experts.shape[1], slot, padded, ends.to(torch.int32), dropped)
 
 
 def _gather(x: Tensor, rows: Tensor, padded: bool) -> Tensor:
@@ -62,17 +73,25 @@ def _gather(x: Tensor, rows: Tensor, padded: bool) -> Tensor:
     return x.index_select(0, rows)
 
 
-def _combine(rows: Tensor, slot: Tensor, top_k: int) -> Tensor:
-    """Bring sorted ``rows`` [S, D] back to their tokens and add each token's k rows: [T, D]."""
-    picked = rows.index_select(0, slot).view(-1, top_k, rows.shape[-1])
+def _pick(rows: Tensor, plan: Plan, top_k: int) -> Tensor:
+    """Sorted ``rows`` [R, D] brought back to their tokens: [T, k, D], zeros for dropped pairs."""
+    picked = rows.index_select(0, plan.slot)
+    if plan.dropped is not None:
+        picked.masked_fill_(plan.dropped[:, None], 0.0)
+    return picked.view(-1, top_k, rows.shape[-1])
+
+
+def _combine(rows: Tensor, plan: Plan, top_k: int) -> Tensor:
+    """Bring sorted ``rows`` [R, D] back to their tokens and add each token's k rows: [T, D]."""
+    picked = _pick(rows, plan, top_k)
     if top_k == 2:
         return picked[:, 0] + picked[:, 1]  # several times faster than a sum over so short a dimension
     return picked.sum(1)
 
 
-def _combine_weighted(rows: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
+def _combine_weighted(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """The same with ``weights`` [T, k] of each token's rows."""
-    picked = rows.index_select(0, slot).view(*weights.shape, rows.shape[-1])
+    picked = _pick(rows, plan, weights.shape[1])
     scale = weights.to(rows.dtype).unsqueeze(-1)
     if weights.shape[1] == 2:
         return (picked[:, 0] * scale[:, 0]).addcmul_(picked[:, 1], scale[:, 1])
@@ -88,13 +107,14 @@ class _GroupedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, plan: Plan, kind: Activation) -> Tensor:
-        padded = plan.token.numel() > plan.slot.numel()
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, plan: Plan, padded: bool, kind: Activation
+    ) -> Tensor:
         gate_up = F.grouped_mm(_gather(x, plan.token, padded), up.transpose(-2, -1), offs=plan.ends)
         out = F.grouped_mm(activate(gate_up, kind), down.transpose(-2, -1), offs=plan.ends)
         ctx.save_for_backward(x, gate_up, weights, up, down, *plan)
         ctx.kind, ctx.padded = kind, padded
-        return _combine_weighted(out, weights, plan.slot)
+        return _combine_weighted(out, weights, plan)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -112,27 +132,29 @@ class _GroupedExperts(torch.autograd.Function):
             grad_down = F.grouped_mm(weighted.t(), hidden, offs=plan.ends)
         if need_weights:
             sums = hidden.mul_(grad_hidden).sum(-1, dtype=weights.dtype) / sorted_weights[:, 0].to(x.dtype)
-            grad_weights = sums.index_select(0, plan.slot).view(-1, top_k)
+            grad_weights = _pick(sums[:, None], plan, top_k).squeeze(-1)
         del weighted, hidden, grad_hidden
         if need_x:
-            grad_x = _combine(F.grouped_mm(grad_gate_up, up, offs=plan.ends), plan.slot, top_k)
+            grad_x = _combine(F.grouped_mm(grad_gate_up, up, offs=plan.ends), plan, top_k)
         if need_up:
             grad_up = F.grouped_mm(grad_gate_up.t(), _gather(x, plan.token, ctx.padded), offs=plan.ends)
-        return grad_x, grad_weights, grad_up, grad_down, None, None
+        return grad_x, grad_weights, grad_up, grad_down, None, None, None
 
 
 def loop_experts(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, plan: Plan, kind: Activation) -> Tensor:
     """The same by one matrix product per expert and plain autograd: any type, any width, the reference of the tests."""
     ends = plan.ends.tolist()
     sizes = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
-    blocks = x.index_select(0, plan.token).split(sizes)
+    blocks = x.index_select(0, plan.token[: ends[-1]]).split(sizes)
     # unbind once: indexing the stack per expert would fill a stack-sized zero gradient per expert
     outs = [
         F.linear(activation(F.linear(block, w_up), kind), w_down)
         for block, w_up, w_down in zip(blocks, up.unbind(0), down.unbind(0), strict=True)
     ]
+    left = len(plan.token) - ends[-1]
+    rows = torch.cat([*outs, outs[0].new_zeros(left, x.shape[-1])] if left else outs)
     sorted_weights = weights.reshape(-1).index_select(0, plan.order).to(x.dtype)
-    return _combine(torch.cat(outs) * sorted_weights[:, None], plan.slot, weights.shape[1])
+    return _combine(rows * sorted_weights[:, None], plan, weights.shape[1])
 
 
 def can_group(x: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -154,7 +176,9 @@ def block_rows(x: Tensor) -> int:
 
 
 @torch.compiler.disable  # the fake kernel of grouped_mm knows bf16 only; the blocks around it still compile
-def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: Tensor, kind: Activation) -> Tensor:
+def run_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: Tensor, kind: Activation, may_drop: bool = False
+) -> Tensor:
     """Sum over a token's k experts of ``weight * down(activation(up(x)))``.
 
     Args:
@@ -162,6 +186,7 @@ def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: T
         weights: routing weights, [T, k], fp32. experts: the chosen experts, [T, k].
         up: [E, 2F, D] for SwiGLU (gate rows first), else [E, F, D]. down: [E, D, F].
         kind: the activation.
+        may_drop: whether ``experts`` may hold E: pairs that are left out.
 
     Returns:
         [T, D] in the type of the matrix products (autocast's, where it is on).
@@ -171,6 +196,8 @@ def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, down: T
         dtype = torch.get_autocast_dtype(device)  # autocast does not know grouped_mm
         x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
     if not can_group(x, up, down):
-        return loop_experts(x, weights, up, down, make_plan(experts, up.shape[0]), kind)
-    plan = make_plan(experts, up.shape[0], multiple=block_rows(x))
-    return _GroupedExperts.apply(x, weights, up, down, plan, kind)
+        return loop_experts(x, weights, up, down, make_plan(experts, up.shape[0], may_drop=may_drop), kind)
+    multiple = block_rows(x)
+    plan = make_plan(experts, up.shape[0], multiple, may_drop)
+    padded = multiple > 1 and (may_drop or plan.token.numel() > plan.slot.numel())
+    return _GroupedExperts.apply(x, weights, up, down, plan, padded, kind)

@@ -58,7 +58,7 @@ class _Batch:
             self.mask = None  # later columns are real in every row
         else:
             rows = [torch.tensor([text], device=self.device) for text in self.texts]
-            hidden = torch.cat([self.model(row).hidden[:, -1] for row in rows])
+            hidden = torch.cat([self.model(row, dropless=True).hidden[:, -1] for row in rows])
         return self.model.logits(hidden)
 
     def seen(self, vocab: int, device: torch.device) -> Tensor:

@@ -16,7 +16,14 @@ from llmrecipes.recipe.model_config import ModelConfig
 
 EMBEDDINGS = ("embed.weight", "position_embed.weight", "head.weight")
 ROUTER_BIAS = ("gate.bias", "router.bias")
-RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight", "experts.down_proj", "experts.down_proj.weight")
+RESIDUAL_OUTPUTS = (
+    "attention.out.weight",
+    "mlp.down.weight",
+    "mlp.residual.down.weight",
+    "mlp.shared.down.weight",
+    "experts.down_proj",
+    "experts.down_proj.weight",
+)
 
 
 def _std(name: str, tensor: Tensor, config: ModelConfig) -> float | None:

@@ -16,7 +16,7 @@ from llmrecipes.models.low_rank import (
     scatter_rows,
     sort_pairs,
 )
-from llmrecipes.models.moe import Router
+from llmrecipes.models.router import Router
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
 
 
@@ -25,6 +25,7 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, moe: MoEConfig) -> None:
         super().__init__()
+        assert moe.num_experts is not None
         self.weight = nn.Parameter(torch.empty(moe.num_experts, d_out, d_in))
         nn.init.normal_(self.weight, std=0.02)
         self.router = Router(d_in, moe)
@@ -61,10 +62,11 @@ class LinearExperts(nn.Module):
 class LinearMoE(nn.Module):
     """A feed-forward network whose every linear map chooses its experts by itself."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        assert config.moe is not None
-        self.experts = LinearExperts(config, config.moe)
+        moe = config.moe_of(layer)
+        assert moe is not None
+        self.experts = LinearExperts(config, moe)
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         """Map ``x`` [..., dim] to [..., dim]; routers write down in ``routes`` what they did."""

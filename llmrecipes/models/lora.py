@@ -22,7 +22,7 @@ from llmrecipes.models.low_rank import (
     sort_pairs,
     update_rows,
 )
-from llmrecipes.models.moe import Router, Routing
+from llmrecipes.models.router import Router, Routing
 from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
 
@@ -144,9 +144,9 @@ class AdaptedLinear(nn.Linear):
         return torch.cat([piece + updates[name] if name in updates else piece for name, piece in pieces], dim=-1)
 
 
-def make_linear(config: ModelConfig, layer: int, d_in: int, parts: dict[str, int], bias: bool) -> nn.Linear:
-    """A linear map whose rows are ``parts``, with adapters where ``config.lora`` wants them."""
-    chosen = config.adapted(layer)
+def make_linear(config: ModelConfig, layer: int | None, d_in: int, parts: dict[str, int], bias: bool) -> nn.Linear:
+    """A linear map whose rows are ``parts``, with adapters where ``config.lora`` wants them in that block, if any."""
+    chosen = {} if layer is None else config.adapted(layer)
     adapted = [name for name in parts if THEIRS[name] in chosen]
     if not adapted:
         return nn.Linear(d_in, sum(parts.values()), bias=bias)

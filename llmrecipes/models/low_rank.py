@@ -42,10 +42,11 @@ class Pairs(NamedTuple):
 def sort_pairs(experts: Tensor, num_experts: int, null_expert: bool, multiple: int = 1) -> Pairs:
     """Sort the pairs of ``experts`` [T, k], of which ``num_experts`` is the null expert, if there is one."""
     plan = make_plan(experts, num_experts + null_expert, multiple)
-    if not null_expert:
-        return Pairs(*plan, padded=multiple > 1, partial=False)
-    rows = int(plan.ends[-2])  # waits for the device: cheaper than products for tokens that want none
-    return Pairs(plan.token[:rows], plan.slot, plan.order[:rows], plan.ends[:-1], multiple > 1, partial=True)
+    if not null_expert and multiple == 1:
+        return Pairs(plan.token, plan.slot, plan.order, plan.ends, padded=False, partial=False)
+    ends = plan.ends[:num_experts]
+    rows = int(ends[-1])  # waits for the device: cheaper than products for tokens that want none
+    return Pairs(plan.token[:rows], plan.slot, plan.order[:rows], ends, multiple > 1, null_expert)
 
 
 def _gather(x: Tensor, pairs: Pairs) -> Tensor:

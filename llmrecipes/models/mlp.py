@@ -10,12 +10,19 @@ from llmrecipes.recipe.model_config import ModelConfig
 
 
 class MLP(nn.Module):
-    """``down(activation(up(x)))``; for SwiGLU gate and up are one projection ``gate_up`` (rows: gate, then up)."""
+    """``down(activation(up(x)))``; for SwiGLU gate and up are one projection ``gate_up`` (rows: gate, then up).
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    Args:
+        config: the decoder.
+        ffn_dim: hidden width; None = the decoder's.
+        layer: the block, whose adapters it has; None = none.
+    """
+
+    def __init__(self, config: ModelConfig, ffn_dim: int | None = None, layer: int | None = None) -> None:
         super().__init__()
-        assert config.ffn_dim is not None
-        self.kind, ffn_dim = config.activation, config.ffn_dim
+        ffn_dim = config.ffn_dim if ffn_dim is None else ffn_dim
+        assert ffn_dim is not None
+        self.kind = config.activation
         if config.activation == "swiglu":
             self.gate_up = make_linear(config, layer, config.dim, {"gate": ffn_dim, "up": ffn_dim}, config.bias)
         else:

@@ -1,98 +1,18 @@
-"""Mixture of experts: a router in fp32, stacked experts, and the statistics that balancing needs."""
+"""Mixture of experts: a router, stacked experts, and what every token uses beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipes.models.dispatch import run_experts
+from llmrecipes.models.mlp import MLP
+from llmrecipes.models.router import Router, Routing
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
 
-
-class Routing(NamedTuple):
-    """What one layer's router did, summed over real tokens, so that micro-batches and ranks add.
-
-    Returned, never accumulated by the module: a block recomputed under activation checkpointing counts once.
-
-    Attributes:
-        counts: token-expert pairs of each expert, [E] int64, no gradient.
-        prob_sum: sum of the router's probabilities, [E] fp32, with gradient.
-        z_sum: sum of logsumexp(logits)^2, scalar, with gradient.
-        entropy_sum: sum of the entropy of each token's probabilities (nats), scalar, no gradient.
-        num_tokens: real tokens, scalar int64 tensor (no wait for the device).
-    """
-
-    counts: Tensor
-    prob_sum: Tensor
-    z_sum: Tensor
-    entropy_sum: Tensor
-    num_tokens: Tensor
-
-
-class Router(nn.Module):
-    """Chooses k experts per token: score all, choose by score + bias, weigh by the unbiased score.
-
-    ``bias`` [E] is a persistent buffer that only the choice sees (2408.15664); it stays fp32 under ``.bfloat16()``.
-    """
-
-    bias: Tensor
-
-    def __init__(self, dim: int, moe: MoEConfig) -> None:
-        super().__init__()
-        self.top_k, self.score, self.renormalize = moe.top_k, moe.score, moe.renormalize
-        self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
-        self.register_buffer("bias", torch.zeros(moe.num_experts, dtype=torch.float32))
-        nn.init.normal_(self.weight, std=0.02)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        kept = self.bias
-        super()._apply(fn, recurse)
-        moved = self.bias
-        if moved.dtype != torch.float32:
-            on_device = torch.zeros_like(moved, dtype=torch.float32) if kept.is_meta else kept.to(moved.device)
-            self.bias = on_device
-        return self
-
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Routing]:
-        """Route ``x`` [T, D]; ``token_mask`` [T] is True for real tokens, which alone enter the statistics.
-
-        Returns:
-            weights [T, k] (fp32; fp64 for fp64 input), experts [T, k] int64, and the statistics.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
-            if self.score == "softmax":
-                scores = probs = logits.softmax(-1)
-            else:
-                scores = logits.sigmoid()
-                probs = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-            experts = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
-            weights = scores.gather(-1, experts)
-            if self.renormalize:
-                weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-            return weights, experts, _statistics(logits, probs, experts, token_mask)
-
-
-def _statistics(logits: Tensor, probs: Tensor, experts: Tensor, token_mask: Tensor | None) -> Routing:
-    num_experts = logits.shape[-1]
-    squares = logits.logsumexp(-1).square()
-    with torch.no_grad():
-        entropy = torch.special.entr(probs).sum(-1)
-        pairs = experts.reshape(-1)
-    if token_mask is None:
-        counts = torch.bincount(pairs, minlength=num_experts)
-        num_tokens = torch.full((), len(logits), dtype=torch.int64, device=logits.device)
-        return Routing(counts, probs.sum(0), squares.sum(), entropy.sum(), num_tokens)
-    real = token_mask.to(probs.dtype)
-    # padding is counted as expert E and cut off: no wait for the device as with a boolean index
-    pairs = torch.where(token_mask[:, None], experts, num_experts).reshape(-1)
-    counts = torch.bincount(pairs, minlength=num_experts + 1)[:num_experts]
-    return Routing(counts, real @ probs, real @ squares, real @ entropy, token_mask.sum())
+__all__ = ["Experts", "MoE", "Router", "Routing"]
 
 
 class Experts(nn.Module):
@@ -105,6 +25,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
+        assert moe.num_experts is not None
         self.kind = config.activation
         maps_in = 2 if config.activation == "swiglu" else 1
         self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, maps_in * moe.ffn_dim, config.dim))
@@ -114,22 +35,47 @@ class Experts(nn.Module):
         # Replaced from outside where experts live on several processes.
         self.run: Callable[..., Tensor] = run_experts
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs for ``x`` [T, D]; ``weights``, ``experts`` [T, k]."""
-        return self.run(x, weights, experts, self.gate_up_proj, self.down_proj, self.kind)
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, may_drop: bool = False) -> Tensor:
+        """Weighted sum of the chosen experts' outputs for ``x`` [T, D]; ``weights``, ``experts`` [T, k].
+
+        With ``may_drop`` an expert may be E: nobody's, which adds nothing.
+        """
+        return self.run(x, weights, experts, self.gate_up_proj, self.down_proj, self.kind, may_drop)
 
 
 class MoE(nn.Module):
-    """A router and its experts, in place of the feed-forward network."""
+    """A router and its experts, in place of the feed-forward network, with what every token uses beside them.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: the decoder.
+        layer: its block, from 0.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
-        assert config.moe is not None
-        self.gate = Router(config.dim, config.moe)
-        self.experts = Experts(config, config.moe)
+        moe = config.moe_of(layer)
+        assert moe is not None
+        self.gate = Router(config.dim, moe)
+        self.experts = Experts(config, moe)
+        shared = moe.shared_ffn_dim
+        self.residual = MLP(config) if moe.residual else None
+        self.coefficient = nn.Linear(config.dim, 2) if moe.residual else None
+        self.shared = None if shared is None else MLP(config, shared)
+        self.shared_gate = None if shared is None else nn.Linear(config.dim, 1, bias=False)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Map ``x`` [B, T, D] to [B, T, D]; ``token_mask`` [B, T] is True for real tokens."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, dropless: bool = False) -> tuple[Tensor, Routing]:
+        """Map ``x`` [B, T, D] to itself; ``token_mask`` [B, T] is True for real tokens, ``dropless`` as in `Router`."""
         flat = x.reshape(-1, x.shape[-1])
-        weights, experts, routing = self.gate(flat, None if token_mask is None else token_mask.reshape(-1))
-        return self.experts(flat, weights, experts).view(x.shape), routing
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        weights, experts, routing = self.gate(flat, mask, dropless)
+        out = self.experts(flat, weights, experts, self.gate.factor(dropless) is not None)
+        return self._beside(flat, out).view(x.shape), routing
+
+    def _beside(self, x: Tensor, out: Tensor) -> Tensor:
+        """The experts' output ``out`` [T, D] together with that of the networks that every token uses."""
+        if self.residual is not None and self.coefficient is not None:
+            share = self.coefficient(x).softmax(-1)
+            out = out * share[:, :1] + self.residual(x) * share[:, 1:]
+        if self.shared is not None and self.shared_gate is not None:
+            out = out + self.shared_gate(x).sigmoid() * self.shared(x)
+        return out

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmrecipes.checkpoint import checkpoints
 from llmrecipes.data.batch import Batch
 from llmrecipes.data.order import derive_key
-from llmrecipes.distributed import ShardedStrategy, clip_grad_norm, packed_sum
+from llmrecipes.distributed import ShardedStrategy, clip_grad_norm, compile_blocks, packed_sum
 from llmrecipes.modules.host_copy import HostCopy
 from llmrecipes.modules.loss_terms import LossTerm
 from llmrecipes.modules.step_record import SkippedStep, StepRecord
@@ -57,22 +57,29 @@ class StepModule(L.LightningModule):
         schedule: the learning rate over the run.
         clip_norm: largest global gradient norm; ``null`` measures without clipping.
         seed: of the initial weights and of dropout.
+        compile: fuse each block by torch.compile.
     """
 
     model: Any
+    # Terms beside ``loss`` that validation reports too.
+    measured: tuple[str, ...] = ()
 
-    def __init__(self, optimizer: AdamW, schedule: Schedule, clip_norm: float | None, seed: int = 0) -> None:
+    def __init__(
+        self, optimizer: AdamW, schedule: Schedule, clip_norm: float | None, seed: int = 0, compile: bool = False
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.optimizer_recipe = optimizer
         self.schedule = schedule
         self.clip_norm = clip_norm
         self.seed = seed
+        self.compiled = compile
         self.guard: Guard | None = None
         self.last_step: StepRecord | SkippedStep | None = None
         self.validation_loss: float | None = None
         self.validation_metrics: dict[str, float] = {}
-        self._validation: dict[int, tuple[float, int]] = {}
+        # Per validation set and loss term: the sum, and the count that divides it.
+        self._validation: dict[tuple[int, str], tuple[float, int]] = {}
         self._unsettled: tuple[int, HostCopy] | None = None
         self._taken_back = False
         # Set by whoever launches the run: what decides its trajectory, and a fall of the rate to its end.
@@ -132,16 +139,22 @@ class StepModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        strategy = self.trainer.strategy if self._trainer is not None else None
-        if isinstance(strategy, ShardedStrategy):
-            # Never whole on any process: built without storage, divided, then filled.
-            with torch.device("meta"):
-                self.model = self.build_model()
-            strategy.parallelize(self.model)
-            self.model.to_empty(device=strategy.parameter_device)
-        else:
-            self.model = self.build_model()
+        self.model = self.make_model(self.compiled)
         self.init_model()
+
+    def make_model(self, compiled: bool) -> Any:
+        """A model as the strategy wants it, its parameters not filled yet."""
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        if not isinstance(strategy, ShardedStrategy):
+            model = self.build_model()
+            if compiled:
+                compile_blocks(model)
+            return model
+        # Never whole on any process: built without storage, divided, then filled.
+        with torch.device("meta"):
+            model = self.build_model()
+        strategy.parallelize(model, compiled)
+        return model.to_empty(device=strategy.parameter_device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer_recipe.build(self.model.named_parameters())
@@ -230,8 +243,12 @@ class StepModule(L.LightningModule):
 
     def reshard(self) -> None:
         """After forward passes without a backward pass: every process keeps its share of the parameters only."""
+        self.forget_gathered(self.model)
+
+    def forget_gathered(self, model: nn.Module) -> None:
+        """The same for any model that :meth:`make_model` made."""
         if isinstance(self.trainer.strategy, ShardedStrategy):
-            self.trainer.strategy.reshard(self.model)
+            self.trainer.strategy.reshard(model)
 
     @property
     def passed_over(self) -> bool:
@@ -352,34 +369,48 @@ class StepModule(L.LightningModule):
         if float(packed_sum({"failed": failed}, self.device)["failed"]):
             return
         try:
-            total = float(self.loss_terms(batch)["loss"].sum)
+            terms = self.loss_terms(batch)
+            found = {name: (float(term.sum), int(batch.counts()[term.per])) for name, term in terms.items()}
         except Exception as error:
             if self.trainer.state.fn != "fit":
                 raise
             self._validation_error = error
             return
-        before, count = self._validation.get(dataloader_idx, (0.0, 0))
-        self._validation[dataloader_idx] = (before + total, count + batch.num_targets)
+        for name, (total, count) in found.items():
+            before = self._validation.get((dataloader_idx, name), (0.0, 0))
+            self._validation[dataloader_idx, name] = (before[0] + total, before[1] + count)
 
     def on_validation_epoch_end(self) -> None:
-        """Loss per validation set, and over all their tokens, over all ranks."""
+        """Every term per validation set, and over all of them, over all ranks."""
         self.reshard()
-        names = self.trainer.datamodule.valid_names  # type: ignore[attr-defined]
-        pairs = torch.tensor([self._validation.get(i, (0.0, 0)) for i in range(len(names))], dtype=torch.float64)
         failed = torch.tensor(float(self._validation_error is not None))
-        over_ranks = packed_sum({"pairs": pairs, "failed": failed}, self.device)
+        over_ranks = packed_sum({"failed": failed} | self._validation_sums(), self.device)
         self.validation_metrics, self.validation_loss = {}, None
-        if float(over_ranks["failed"]):
+        if float(over_ranks.pop("failed")):
             if self._validation_error is not None:
                 what = f"{type(self._validation_error).__name__}: {self._validation_error}"
                 log.warning(f"step {self.trainer.global_step}: the evaluation failed and is left out ({what})")
             return
-        sums = dict(zip(names, over_ranks["pairs"].tolist(), strict=True))
-        total, count = (sum(column) for column in zip(*sums.values(), strict=True)) if sums else (0.0, 0)
-        self.validation_metrics = {f"val_loss/{name}": s / c for name, (s, c) in sums.items() if c}
-        self.validation_loss = total / count if count else None
-        if self.validation_loss is not None:
-            self.validation_metrics["val_loss"] = self.validation_loss
+        for name, sums in over_ranks.items():
+            self._add_validation(f"val_{name}", sums.tolist())
+        self.validation_loss = self.validation_metrics.get("val_loss")
+
+    def _validation_sums(self) -> dict[str, Tensor]:
+        """This rank's sums and counts of each term, [validation sets, 2]; equally many on every rank."""
+        sets = range(len(self.trainer.datamodule.valid_names))  # type: ignore[attr-defined]
+        names = ("loss", *self.measured)
+        pairs = {name: [self._validation.get((i, name), (0.0, 0)) for i in sets] for name in names}
+        return {name: torch.tensor(values, dtype=torch.float64).view(-1, 2) for name, values in pairs.items()}
+
+    def _add_validation(self, name: str, sums: list[list[float]]) -> None:
+        """``name/<set>`` for every set that has something in it, and ``name`` over all."""
+        names = self.trainer.datamodule.valid_names  # type: ignore[attr-defined]
+        for place, (total, count) in zip(names, sums, strict=True):
+            if count:
+                self.validation_metrics[f"{name}/{place}"] = total / count
+        total, count = (sum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0)
+        if count:
+            self.validation_metrics[name] = total / count
 
 
 def _state_device(optimizer: torch.optim.Optimizer) -> torch.device:

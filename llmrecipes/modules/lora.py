@@ -49,7 +49,7 @@ class LoraExpertModule(PretrainModule):
             expected_params,
             loss_chunk,
             init_from,
-            trainable or ["lora"],
             seed=seed,
+            trainable=trainable or ["lora"],
         )
         self.token_budget = token_budget  # looked at by llmrecipes check, before anything starts

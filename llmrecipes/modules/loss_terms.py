@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Unit = Literal["targets", "tokens"]
+Unit = Literal["targets", "tokens", "pairs"]
 
 
 class LossTerm(NamedTuple):
@@ -14,8 +14,9 @@ class LossTerm(NamedTuple):
 
     Args:
         sum: scalar with gradient, summed over the micro-batch.
-        per: the count over the whole step that divides it: ``targets`` (trained labels) or ``tokens`` (real tokens).
-        weight: factor in the total loss.
+        per: the count over the whole step that divides it: ``targets`` (trained labels), ``tokens`` (real tokens) or
+            ``pairs`` (of answers).
+        weight: factor in the total loss; 0 = only measured, in training and in validation.
     """
 
     sum: Tensor

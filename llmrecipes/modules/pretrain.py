@@ -16,10 +16,10 @@ from llmrecipes.errors import UserError
 from llmrecipes.losses import balance_sum, bias_update, linear_cross_entropy
 from llmrecipes.models import Decoder, DecoderOutput, ModelConfig, Routing, init_weights
 from llmrecipes.models.lora import is_adapter
-from llmrecipes.models.moe import Router
+from llmrecipes.models.router import Router
 from llmrecipes.modules.base import StepModule
 from llmrecipes.modules.loss_terms import LossTerm
-from llmrecipes.modules.routing_stats import StepRouting, routing_figures
+from llmrecipes.modules.routing_stats import StepRouting, expert_counts, routing_figures
 from llmrecipes.modules.step_record import StepRecord
 from llmrecipes.modules.trainable import frozen_active, set_trainable
 from llmrecipes.optim import AdamW, Schedule
@@ -38,6 +38,8 @@ class PretrainModule(StepModule):
         loss_chunk: rows of the logits that exist at a time.
         init_from: folder or checkpoint whose weights the run begins with, of ``convert from-hf``, ``upcycle``,
             ``consolidate`` or another run; ``null`` = drawn from the seed. Adapters may be missing there.
+        compile: fuse what lies between the matrix products of each block (torch.compile; needs a C++ compiler on a
+            CPU): a faster step, for half a minute at the start.
         trainable: what is trained: names of groups (``all``, ``gate``, ``lm_head``, ``lora``, ``experts``, ``mlp``,
             ``attention``, ``norms``, ``embeddings``), or regular expressions on our parameter names; ``null`` = all.
         frozen: what of it is not, in the same way.
@@ -53,11 +55,12 @@ class PretrainModule(StepModule):
         expected_params: int | None = None,
         loss_chunk: int = 1024,
         init_from: str | None = None,
+        compile: bool = False,
+        seed: int = 0,
         trainable: list[str] | None = None,
         frozen: list[str] | None = None,
-        seed: int = 0,
     ) -> None:
-        super().__init__(optimizer, schedule, clip_norm, seed)
+        super().__init__(optimizer, schedule, clip_norm, seed, compile)
         self.config = config
         self.loss_chunk = loss_chunk
         self.init_from = init_from
@@ -76,8 +79,13 @@ class PretrainModule(StepModule):
         if self.init_from is None:
             init_weights(self.model, self.seed)
             return
-        lacking = load_initial(Path(self.init_from), self.model, self._may_be_new)
-        init_weights(self.model, self.seed, lacking)
+        self.fill_initial(self.model)
+
+    def fill_initial(self, model: Decoder) -> None:
+        """The weights of `init_from`, and adapters that do nothing yet where it has none."""
+        assert self.init_from is not None
+        lacking = load_initial(Path(self.init_from), model, self._may_be_new)
+        init_weights(model, self.seed, lacking)
 
     def _may_be_new(self, name: str) -> bool:
         """Adapters begin as nothing wherever they are added; a router does not."""
@@ -138,17 +146,18 @@ class PretrainModule(StepModule):
         moe = self.config.routing
         if moe is None:
             return
-        self._routing = StepRouting(counts["tokens"])
+        self._routing = StepRouting(counts["tokens"], self.config.router_choices)
         if moe.balance == "loss" and moe.balance_counts == "step" and len(micro_batches) > 1:
             self._routing.known = all_reduce_sum(self._count_share(micro_batches))
 
     @torch.no_grad()
     def _count_share(self, micro_batches: list[Batch]) -> Tensor:
-        """Tokens per expert of this rank's share, [layers, E], by one more forward with the dropout to come."""
+        """Tokens per expert of this rank's share, [experts of all layers], by one more forward with the randomness to
+        come: dropout's and that of dropped tokens."""
         total: Tensor | None = None
         for i, batch in enumerate(micro_batches):
             self.seed_micro_batch(self.trainer.global_step, micro_batches[0].first_row // self.micro_batch + i)
-            counts = torch.stack([r.counts for r in self._forward(batch).routing])
+            counts = expert_counts(self._forward(batch).routing)
             total = counts if total is None else total + counts
         # Weights that autocast cast here were cast without a graph and must not be found by the forward that needs one.
         torch.clear_autocast_cache()
@@ -163,15 +172,18 @@ class PretrainModule(StepModule):
         if moe is None:
             return
         if moe.balance == "bias":
-            self._move_routing_bias(bias_update(sums["counts"], moe.bias_rate) * applied)
-        record.extra |= routing_figures(sums, moe.top_k)
+            self._move_routing_bias(sums["counts"], moe.bias_rate, applied)
+        record.extra |= routing_figures(sums, self.config.router_choices, moe)
 
     @torch.no_grad()
-    def _move_routing_bias(self, change: Tensor) -> None:
-        """Once per step, so that neither micro-batches nor recomputation count twice. ``change`` [routers, E]."""
+    def _move_routing_bias(self, counts: Tensor, rate: float, applied: Tensor) -> None:
+        """Once per step, so that neither micro-batches nor recomputation count twice.
+
+        ``counts`` [choices of all routers] are the whole step's; a step that was not ``applied`` moves nothing.
+        """
         routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        for router, delta in zip(routers, change, strict=True):
-            router.bias.add_(delta)
+        for router, mine in zip(routers, counts.split(self.config.router_choices), strict=True):
+            router.bias.add_(bias_update(mine, rate) * applied)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         raise UserError("Lightning's own checkpoints are not written here: llmrecipes.checkpoint.Checkpoints does it")

@@ -11,7 +11,7 @@ from llmrecipes.data.batch import Batch
 from llmrecipes.distributed import packed_sum
 from llmrecipes.errors import UserError
 from llmrecipes.models import DecoderOutput, ModelConfig
-from llmrecipes.models.moe import Router
+from llmrecipes.models.router import Router
 from llmrecipes.modules.pretrain import PretrainModule
 from llmrecipes.optim import AdamW, Schedule
 from llmrecipes.recipe import Duration
@@ -53,6 +53,8 @@ class RouterModule(PretrainModule):
     ) -> None:
         if config.routing is None:
             raise UserError("model.init_args.config: RouterModule needs experts: moe, or lora with experts")
+        if len(set(config.router_choices)) > 1:
+            raise UserError("model.init_args.config: RouterModule needs as many experts in each layer as in the others")
         super().__init__(
             config,
             optimizer,
@@ -61,8 +63,8 @@ class RouterModule(PretrainModule):
             expected_params,
             loss_chunk,
             init_from,
-            trainable or ["gate"],
             seed=seed,
+            trainable=trainable or ["gate"],
         )
         self.token_budget = token_budget  # looked at by llmrecipes check, before anything starts
         self.validation_routing: dict[str, Tensor] = {}
@@ -92,8 +94,8 @@ class RouterModule(PretrainModule):
         """Also the routing per validation set, over all ranks; a rank that saw nothing of a set adds zeros."""
         super().on_validation_epoch_end()
         names: list[str] = self.trainer.datamodule.valid_names  # type: ignore[attr-defined]
-        choices = self.config.routing.num_experts if self.config.routing else 0
-        nothing = torch.zeros(len(self.router_names), choices, dtype=torch.int64, device=self.device)
+        choices = self.config.router_choices
+        nothing = torch.zeros(len(choices), choices[0], dtype=torch.int64, device=self.device)
         counts = packed_sum({name: self._routed.get(i, nothing) for i, name in enumerate(names)}, self.device)
         self.validation_routing = {
             name: (count.double() / count.sum(-1, keepdim=True).clamp_min(1)).cpu() for name, count in counts.items()
@@ -110,7 +112,7 @@ class RouterModule(PretrainModule):
         """One per choice; the null expert is the seed."""
         assert self.config.routing is not None
         experts = None if self.config.lora is None else self.config.lora.experts
-        names: list[Any] = list(range(self.config.routing.num_experts))
+        names: list[Any] = list(range(self.config.router_choices[0]))
         if experts is not None and experts.null_expert:
             names[-1] = "seed"
         return [str(name) for name in names]

@@ -39,14 +39,19 @@ class StepRecord:
         record: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
         record |= {name: float(value) for name, value in self.losses.items()}
         record |= {"grad_norm": float(self.grad_norm), "lr": self.lr, "batch": self.digest()}
-        return record | {
-            name: value.tolist() if isinstance(value, Tensor) else value for name, value in self.extra.items()
-        }
+        return record | {name: _plain(value) for name, value in self.extra.items()}
 
     def digest(self) -> str:
         """Eight hex digits that tell two global batches apart, however many ranks share them."""
         total = torch.tensor(self.batch.digest(), dtype=torch.int64, device=self.grad_norm.device)
         return f"{int(all_reduce_sum(total)) % 2**32:08x}"
+
+
+def _plain(value: Any) -> Any:
+    """A tensor, or one per layer, as numbers."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 @dataclass

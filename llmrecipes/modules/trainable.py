@@ -76,6 +76,6 @@ def frozen_active(model: nn.Module, config: ModelConfig) -> int:
         if config.lora is not None and is_adapter(name):
             share = config.lora.active_stacks / config.lora.stacks
         elif config.moe is not None and ".mlp.experts." in name and parameter.ndim == 3:
-            share = config.moe.top_k / config.moe.num_experts
+            share = config.moe.top_k / parameter.shape[0]
         total += share * parameter.numel() if name != "position_embed.weight" else 0
     return round(total)

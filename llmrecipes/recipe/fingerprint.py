@@ -9,10 +9,13 @@ from typing import Any
 
 # Of the Trainer, only these change what is computed; devices and strategies change who computes it.
 _TRAINER_KEYS = ("max_steps", "precision")
+# Of the model, these change results by rounding only, or not at all.
+ROUNDING = ("expected_params", "loss_chunk", "compile")
+_MICRO_BATCH = ("data", "init_args", "micro_batch")
+_CAPACITY = ("model", "init_args", "config", "moe", "capacity_factor")
 _IGNORED = {
-    ("model", "init_args", "expected_params"),
-    ("model", "init_args", "loss_chunk"),
-    ("data", "init_args", "micro_batch"),
+    *(("model", "init_args", name) for name in ROUNDING),
+    _MICRO_BATCH,
     ("data", "init_args", "valid"),
     ("data", "init_args", "valid_batches"),
 }
@@ -22,16 +25,18 @@ def fingerprint(data: dict[str, Any]) -> str:
     """SHA-256 (hex) of the canonical JSON of what determines the trajectory.
 
     In it: seed, model, training data, run length, precision. Not in it: where the run is written, what is logged, and
-    how the work is divided (micro-batch, devices), which changes results by rounding only. Key order and ``1`` or
-    ``1.0`` make no difference.
+    how the work is divided (micro-batch, devices), which changes results by rounding only; but where experts have a
+    capacity, the micro-batch decides which tokens are dropped. Key order and ``1`` or ``1.0`` make no difference.
     """
     trainer = data.get("trainer")
     kept: dict[str, Any] = {key: data.get(key) for key in ("seed", "model", "data")}
     kept["trainer"] = {key: trainer.get(key) for key in _TRAINER_KEYS} if isinstance(trainer, dict) else trainer
+    leaves = dict(_flatten(kept, ()))
+    ignored = _IGNORED - {_MICRO_BATCH} if leaves.get(_CAPACITY) is not None else _IGNORED
     flat = {
         ".".join(path): value
-        for path, value in _flatten(kept, ())
-        if not any(path[: len(ignored)] == ignored for ignored in _IGNORED)
+        for path, value in leaves.items()
+        if not any(path[: len(prefix)] == prefix for prefix in ignored)
     }
     text = json.dumps(flat, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

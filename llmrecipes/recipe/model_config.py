@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmrecipes.recipe.lora_config import Balance, LoraConfig
@@ -13,6 +13,7 @@ Norm = Literal["rms", "layer"]
 Positions = Literal["rope", "alibi", "learned", "none"]
 Activation = Literal["swiglu", "gelu", "gelu_tanh"]
 Score = Literal["softmax", "sigmoid"]
+DropPolicy = Literal["position", "probs", "random"]
 QKNormScope = Literal["head", "all"]
 RopeScalingKind = Literal["llama3", "linear"]
 
@@ -22,7 +23,9 @@ class MoEConfig:
     """A mixture of experts in place of the feed-forward network.
 
     Args:
-        num_experts: experts per layer, E.
+        num_experts: experts per layer, E; ``null`` where ``experts_per_layer`` says it.
+        experts_per_layer: E of each layer with experts, first to last: a pyramid has more of them above (PR-MoE,
+            2201.05596).
         top_k: experts each token is sent to, k.
         ffn_dim: hidden width of one expert.
         score: router scores by softmax over all experts (Mixtral) or by sigmoid (DeepSeek-V3).
@@ -34,11 +37,22 @@ class MoEConfig:
             (one more forward without gradient, exact for any micro-batch), ``running`` uses what it has routed so far.
         bias_rate: step of the bias update, gamma.
         z_loss_coef: weight of mean(logsumexp(router logits)^2) (ST-MoE, 2202.08906).
+        residual: a dense network of the model's ``ffn_dim`` stands beside the experts (PR-MoE):
+            ``c_0 experts(x) + c_1 dense(x)`` with ``c = softmax(W x + b)``, two numbers per token.
+        shared_ffn_dim: width of a network that every token uses beside its experts (Qwen2-MoE):
+            ``experts(x) + sigmoid(w x) shared(x)``; ``null`` = there is none.
+        capacity_factor: an expert takes at most ``ceil(capacity_factor * k * tokens / E)`` of a micro-batch's tokens
+            in training; to the others it gives nothing. ``null`` = it takes all that come.
+        eval_capacity_factor: the same outside of training; ``null`` = nothing is dropped there.
+        min_capacity: an expert takes at least so many, however small the micro-batch; ``null`` = 4.
+        drop_policy: who is taken first: tokens by their ``position`` (first choices before second ones), those with
+            the highest router ``probs``, or a ``random`` order (DeepSpeed's random token selection); ``null`` = that.
         router: one router ``per_mlp``, or ``per_linear``: gate, up and down choose their experts each by itself.
     """
 
-    num_experts: int
+    num_experts: int | None = None
     ffn_dim: int
+    experts_per_layer: list[int] | None = None
     top_k: int = 2
     score: Score = "softmax"
     renormalize: bool = True
@@ -47,11 +61,51 @@ class MoEConfig:
     balance_counts: Literal["step", "running"] = "step"
     bias_rate: float = 1e-3
     z_loss_coef: float = 0.0
+    residual: bool = False
+    shared_ffn_dim: int | None = None
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    min_capacity: int | None = None
+    drop_policy: DropPolicy | None = None
     router: Literal["per_mlp", "per_linear"] = "per_mlp"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"moe.top_k {self.top_k} is not between 1 and moe.num_experts {self.num_experts}")
+        problems = [*self._number_problems(), *self._capacity_problems()]
+        beside = self.residual or self.shared_ffn_dim is not None or self.capacity_factor is not None
+        if self.router == "per_linear" and beside:
+            problems.append("moe.router per_linear goes with neither residual, shared_ffn_dim nor capacity_factor")
+        if self.residual and self.shared_ffn_dim is not None:
+            problems.append("moe.shared_ffn_dim and moe.residual are two answers to one question: choose one")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _number_problems(self) -> list[str]:
+        if self.experts_per_layer is None:
+            if self.num_experts is None:
+                return ["moe.num_experts is missing"]
+            if not 1 <= self.top_k <= self.num_experts:
+                return [f"moe.top_k {self.top_k} is not between 1 and moe.num_experts {self.num_experts}"]
+            return []
+        if self.num_experts is not None:
+            return ["moe.num_experts has no effect beside moe.experts_per_layer"]
+        fewest = min(self.experts_per_layer, default=0)
+        if not 1 <= self.top_k <= fewest:
+            return [f"moe.top_k {self.top_k} is not between 1 and {fewest}, the fewest of moe.experts_per_layer"]
+        return []
+
+    def _capacity_problems(self) -> list[str]:
+        found = []
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor is not None and not 0 < factor < math.inf:
+                found.append(f"moe.{name} {factor} is not a number above 0")
+        if self.capacity_factor is None:
+            listed = ("eval_capacity_factor", "min_capacity", "drop_policy")
+            useless = [name for name in listed if getattr(self, name) is not None]
+            found += [f"moe.{name} has no effect without moe.capacity_factor" for name in useless]
+        if self.min_capacity is not None and self.min_capacity < 0:
+            found.append(f"moe.min_capacity {self.min_capacity} is negative")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,14 +205,13 @@ class ModelConfig:
             found.append(f"rotary positions need an even head width, not {self.head_width}")
         if self.ffn_dim is None and any(not self.is_moe_layer(i) for i in range(self.num_layers)):
             found.append("ffn_dim is missing: there are layers without experts")
+        found += self._expert_problems()
         if self.positions == "learned" and self.max_seq_len is None:
             found.append("max_seq_len is missing: learned positions need the length of their table")
         if self.sliding_window is not None and self.sliding_window < 1:
             found.append(f"sliding_window {self.sliding_window} is less than 1")
         if self.window_layers is not None and self.sliding_window is None:
             found.append("window_layers has no effect without sliding_window")
-        if self.dense_layers and self.moe is None:
-            found.append("dense_layers has no effect without moe")
         for name in ("window_layers", "dense_layers"):
             outside = [layer for layer in getattr(self, name) or [] if not 0 <= layer < self.num_layers]
             if outside:
@@ -186,6 +239,18 @@ class ModelConfig:
                 "lora.experts.router per_mlp beside adapters on self_attn: they need a router per linear map, "
                 "or lora.targets without self_attn"
             )
+        return found
+
+    def _expert_problems(self) -> list[str]:
+        if self.moe is None:
+            return ["dense_layers has no effect without moe"] if self.dense_layers else []
+        found = []
+        listed = self.moe.experts_per_layer
+        if listed is not None and len(listed) != self.num_moe_layers:
+            have = self.num_moe_layers
+            found.append(f"moe.experts_per_layer names {len(listed)} layers, the model has {have} with experts")
+        if self.moe.residual and self.ffn_dim is None:
+            found.append("ffn_dim is missing: moe.residual needs the width of the dense network")
         return found
 
     @property
@@ -250,6 +315,20 @@ class ModelConfig:
             z_loss_coef=experts.z_loss_coef,
         )
 
+    @property
+    def router_choices(self) -> list[int]:
+        """Experts that each router chooses from, in the order of the forward pass; empty where there is none."""
+        if self.moe is not None:
+            maps = 1 if self.moe.router == "per_mlp" else 3 if self.activation == "swiglu" else 2
+            return [experts for experts in self.layer_experts for _ in range(maps)]
+        if self.lora is None or self.lora.experts is None:
+            return []
+        found = []
+        for layer in range(self.num_layers):
+            maps = len(self.adapted(layer))
+            found += [self.lora.experts.num_choices] * (min(maps, 1) if self.lora.routes_mlps else maps)
+        return found
+
     def linear_maps(self, layer: int) -> dict[str, tuple[int, int]]:
         """Widths in and out of a block's linear maps, by the names that transformers gives them; no experts."""
         q, kv, d = self.num_heads * self.head_width, self.kv_heads * self.head_width, self.dim
@@ -284,6 +363,22 @@ class ModelConfig:
                 total += choices * self.dim
         return total
 
+    @property
+    def layer_experts(self) -> list[int]:
+        """Experts of each block that holds some, first to last; empty for a dense model."""
+        if self.moe is None:
+            return []
+        return self.moe.experts_per_layer or [self.moe.num_experts or 0] * self.num_moe_layers
+
+    def moe_of(self, layer: int) -> MoEConfig | None:
+        """The experts of block ``layer`` (from 0), with a number of their own; None where there are none."""
+        if self.moe is None or not self.is_moe_layer(layer):
+            return None
+        if self.moe.experts_per_layer is None:
+            return self.moe
+        before = sum(self.is_moe_layer(i) for i in range(layer))
+        return replace(self.moe, num_experts=self.moe.experts_per_layer[before], experts_per_layer=None)
+
     def _norm_params(self, width: int) -> int:
         return width if self.norm == "rms" else 2 * width
 
@@ -300,7 +395,16 @@ class ModelConfig:
         maps_in = 2 if self.activation == "swiglu" else 1
         return (maps_in + 1) * self.dim * ffn_dim + (maps_in * ffn_dim + self.dim if bias else 0)
 
-    def _count(self, experts_per_layer: int) -> int:
+    def _moe_params(self, moe: MoEConfig, num_experts: int, counted: int) -> int:
+        """Of one layer: the router of all experts, ``counted`` of them, and what stands beside them."""
+        total = self._router_params(moe, num_experts) + counted * self._ffn_params(moe.ffn_dim, bias=False)
+        if moe.residual:
+            total += self._ffn_params(self.ffn_dim or 0, self.bias) + 2 * self.dim + 2
+        if moe.shared_ffn_dim is not None:
+            total += self._ffn_params(moe.shared_ffn_dim, self.bias) + self.dim
+        return total
+
+    def _count(self, active: bool) -> int:
         d = self.dim
         embedding = self.vocab_rows * d * (1 if self.tie_embeddings else 2)
         if self.positions == "learned":
@@ -313,34 +417,28 @@ class ModelConfig:
         if dense_layers:
             total += dense_layers * self._ffn_params(self.ffn_dim or 0, self.bias)
         if self.moe is not None:
-            per_layer = self._router_params(self.moe) + experts_per_layer * self._ffn_params(
-                self.moe.ffn_dim, bias=False
-            )
-            total += self.num_moe_layers * per_layer
+            for experts in self.layer_experts:
+                total += self._moe_params(self.moe, experts, self.moe.top_k if active else experts)
         return total
 
-    def _router_params(self, moe: MoEConfig) -> int:
+    def _router_params(self, moe: MoEConfig, num_experts: int) -> int:
         if moe.router == "per_mlp":
-            return moe.num_experts * self.dim
-        return moe.num_experts * ((2 if self.activation == "swiglu" else 1) * self.dim + moe.ffn_dim)
+            return num_experts * self.dim
+        return num_experts * ((2 if self.activation == "swiglu" else 1) * self.dim + moe.ffn_dim)
 
     @property
     def num_params(self) -> int:
         """All parameters; a tied embedding counts once."""
-        return self._count(self.moe.num_experts if self.moe else 0) + self._lora_params(
-            self.lora.stacks if self.lora else 0
-        )
+        return self._count(active=False) + self._lora_params(self.lora.stacks if self.lora else 0)
 
     def is_expected(self, count: int) -> bool:
         """Whether that is the number of parameters, with or without the adapters."""
-        return count in (self.num_params, self._count(self.moe.num_experts if self.moe else 0))
+        return count in (self.num_params, self._count(active=False))
 
     @property
     def active_params(self) -> int:
         """Parameters that one token passes through: k experts of each MoE layer, everything else whole."""
-        return self._count(self.moe.top_k if self.moe else 0) + self._lora_params(
-            self.lora.active_stacks if self.lora else 0
-        )
+        return self._count(active=True) + self._lora_params(self.lora.active_stacks if self.lora else 0)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs of one token: 6 per active weight (head included, input embedding not) and causal attention.

@@ -18,6 +18,8 @@ from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMar
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
 from llmrecipes.process import StopSignals, rank_name
+from llmrecipes.recipe.fingerprint import ROUNDING
+from llmrecipes.run.allocator import keep_freed_memory
 from llmrecipes.run.environment import common_facts, record_launch
 from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done
 from llmrecipes.run.launch import Decision, Launch, NothingToDo
@@ -53,6 +55,8 @@ def run(subcommand: str, args: list[str], signals: StopSignals | None = None) ->
     cli.callback(GracefulStop).requests = signals
     if not cli.trainer.is_global_zero:
         start_log(cli.folder, f"rank {cli.trainer.global_rank}")
+    if cli.trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     launch = Launch(lambda end: announce(cli, end))
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [StepMarks(), launch, SelfCheck(lambda: common_facts(cli)), *callbacks, ReadMark()]
@@ -185,10 +189,13 @@ def trajectory(cli: RecipeCLI) -> dict[str, Any]:
     recipe = yaml.safe_load(cli.resolved_recipe)
     model = recipe["model"]["init_args"]
     length = RunLength(cli.trainer.max_steps, cli.datamodule.tokens_per_step)
-    data = {k: v for k, v in recipe["data"]["init_args"].items() if k not in FREE_DATA_KEYS}
+    moe = cli.model.config.moe
+    # Which tokens are dropped depends on who is routed together.
+    decisive = ("micro_batch",) if moe is not None and moe.capacity_factor is not None else ()
+    data = {k: v for k, v in recipe["data"]["init_args"].items() if k not in FREE_DATA_KEYS or k in decisive}
     return {
         "seed": recipe["seed"],
-        "model": {k: v for k, v in model.items() if k not in ("expected_params", "loss_chunk", "seed")},
+        "model": {k: v for k, v in model.items() if k not in (*ROUNDING, "seed")},
         "data": data | {"shards": cli.datamodule.fingerprint()["train"]},
         "trainer": {"precision": cli.trainer.precision},
         **_base(cli),
@@ -224,8 +231,9 @@ def describe(cli: RecipeCLI, end: int) -> list[str]:
     config, data, trainer = cli.model.config, cli.datamodule, cli.trainer
     sizes = f"model {config.num_params:,} parameters"
     if config.routing:
-        choices, top_k = config.routing.num_experts, config.routing.top_k
-        sizes += f", {config.active_params:,} active ({choices} experts, top {top_k})"
+        fewest, most = min(config.router_choices), max(config.router_choices)
+        experts = f"{most}" if fewest == most else f"{fewest} to {most}"
+        sizes += f", {config.active_params:,} active ({experts} experts, top {config.routing.top_k})"
     if cli.model.trained_params != config.num_params:
         sizes += f", {cli.model.trained_params:,} trained"
     accumulation = data.global_batch // (data.micro_batch * data.data_ranks)

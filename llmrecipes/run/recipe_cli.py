@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, RoutingMap, Samples, StabilityGuard
 from llmrecipes.checkpoint import Checkpoints, checkpoints
-from llmrecipes.data import PackedShards
+from llmrecipes.data import StepData
 from llmrecipes.distributed import ShardedStrategy
 from llmrecipes.errors import UserError
 from llmrecipes.modules import StepModule
@@ -74,7 +74,7 @@ class RecipeCLI(LightningCLI):
         self._words = words = [subcommand, *args]
         super().__init__(
             model_class=StepModule,
-            datamodule_class=PackedShards,
+            datamodule_class=StepData,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,

@@ -16,6 +16,7 @@ FAMILIES = {
     "bloom": transformers.BloomConfig,
     "mixtral": transformers.MixtralConfig,
     "olmoe": transformers.OlmoeConfig,
+    "qwen2_moe": transformers.Qwen2MoeConfig,
     "qwen3_moe": transformers.Qwen3MoeConfig,
 }
 PER_FAMILY = 8
@@ -74,7 +75,7 @@ def _special(family: str, index: int, draw: random.Random, options: dict) -> dic
     special = {}
     layers = options["num_hidden_layers"]
     window = draw.choice([5, 11, 30])
-    if family in ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral") and index % 4 == 2:
+    if family in ("llama", "mistral", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral") and index % 4 == 2:
         special["head_dim"] = 24
     elif family == "qwen3":
         special["head_dim"] = options["hidden_size"] // options["num_attention_heads"]
@@ -84,15 +85,19 @@ def _special(family: str, index: int, draw: random.Random, options: dict) -> dic
         special["attention_bias"] = index % 4 == 3
     if family in ("mistral", "mixtral"):
         special["sliding_window"] = [None, window][index % 2]
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen2_moe"):
         special |= {"use_sliding_window": index % 2 == 0, "sliding_window": window, "max_window_layers": index % 3}
     if family == "qwen3_moe":
         special |= {"use_sliding_window": index % 2 == 0, "sliding_window": window, "moe_intermediate_size": 24}
         special |= {"decoder_sparse_step": 1 + index % 2, "mlp_only_layers": [layers - 1] if index % 3 == 2 else []}
-    if family in ("mixtral", "olmoe", "qwen3_moe"):
+    if family == "qwen2_moe":
+        special |= {"shared_expert_intermediate_size": draw.choice([16, 40]), "moe_intermediate_size": 24}
+        special |= {"decoder_sparse_step": 1 + index // 2 % 2, "mlp_only_layers": [0] if index % 4 == 3 else []}
+        special |= {"qkv_bias": index % 3 != 2}
+    if family in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
         name = "num_local_experts" if family == "mixtral" else "num_experts"
         special |= {name: draw.choice([3, 4, 8]), "num_experts_per_tok": 1 + index % 3}
-    if family in ("olmoe", "qwen3_moe"):
+    if family in ("olmoe", "qwen2_moe", "qwen3_moe"):
         special["norm_topk_prob"] = index % 2 == 0
     return special
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from llmrecipes.convert import config_from_hf, config_to_hf, from_hf_state_dict, hf_family, to_hf_state_dict
 from llmrecipes.errors import UserError
-from llmrecipes.models import Decoder, init_weights
+from llmrecipes.models import Decoder, ModelConfig, MoEConfig, init_weights
 from llmrecipes.models.attention import Attention
 from llmrecipes.models.mlp import MLP
-from llmrecipes.models.moe import Router
+from llmrecipes.models.moe import MoE, Router
 
 transformers = pytest.importorskip("transformers")
 from hf_models import FAMILIES, LENGTH, PER_FAMILY, peer, random_config, tokens_for  # noqa: E402
@@ -43,7 +45,7 @@ def test_logits_equal_transformers(family):
         seen.add(str(decoder.config))
         windows += decoder.config.sliding_window is not None
     assert len(seen) == PER_FAMILY
-    assert (windows > 0) == (family in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"))
+    assert (windows > 0) == (family in ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,6 +133,19 @@ def other_renormalisation(decoder):
         router.renormalize = not router.renormalize
 
 
+def shared_without_its_gate(decoder):
+    """As if every token used the shared expert whole (DeepSeek's has no gate)."""
+    for moe in of(decoder, MoE):
+        moe.shared_gate = torch.nn.Linear(decoder.config.dim, 1)
+        moe.shared_gate.weight.zero_()
+        moe.shared_gate.bias.fill_(100.0)
+
+
+def shared_halves_swapped(decoder):
+    for moe in of(decoder, MoE):
+        moe.shared.gate_up.weight.copy_(torch.cat(moe.shared.gate_up.weight.chunk(2)[::-1]))
+
+
 QWEN2_MIXED = next(i for i in range(PER_FAMILY) if len(set(random_config("qwen2", i).layer_types)) == 2)
 MUTANTS = [
     ("llama", 0, interleave_rotary),
@@ -143,6 +158,9 @@ MUTANTS = [
     ("mixtral", 1, window_one_wider),
     ("olmoe", 1, other_renormalisation),
     ("olmoe", 0, no_query_norm),
+    ("qwen2_moe", 1, other_renormalisation),
+    ("qwen2_moe", 0, shared_without_its_gate),
+    ("qwen2_moe", 0, shared_halves_swapped),
     ("qwen3_moe", 0, other_renormalisation),
 ]
 
@@ -283,6 +301,11 @@ RTX3090 = LLAMA2_7B | {
     "vocab_size": 65024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
     "num_attention_heads": 4, "num_key_value_heads": 4,
 }  # fmt: skip
+QWEN15_MOE = {
+    "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
+}  # fmt: skip
 COUNTS = {
     "llama2-7B": (LLAMA2_7B, 6_738_415_616),
     "Tanuki-8B": (TANUKI_8B, 7_512_264_704),
@@ -291,6 +314,7 @@ COUNTS = {
     "BLOOM": (BLOOM_176B, 176_247_271_424),
     "Qwen-7B": (QWEN_7B, 7_721_324_544),
     "RTX3090 test": (RTX3090, 41_685_248),
+    "Qwen1.5-MoE-A2.7B": (QWEN15_MOE, 14_315_784_192),
 }
 
 
@@ -359,6 +383,30 @@ def test_other_families_and_misfitting_files_are_refused():
     with pytest.raises(UserError) as caught:
         from_hf_state_dict(config, theirs)
     assert [p.split()[2:4] for p in caught.value.problems] == [["lacks", "model.norm.weight"], ["holds", "surprise,"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"residual": True}, "no Hugging Face architecture for moe.residual: true (nearest: mixtral)"),
+        ({"num_experts": None, "experts_per_layer": [4, 8]}, "moe.experts_per_layer: layers with different numbers"),
+        (
+            {"capacity_factor": 1.0, "eval_capacity_factor": 1.0},
+            "moe.eval_capacity_factor: 1.0, with which experts drop",
+        ),
+    ],
+    ids=["residual", "pyramid", "capacity"],
+)
+def test_experts_that_nobody_else_computes_are_refused(change, problem):
+    moe = MoEConfig(num_experts=8, ffn_dim=16)
+    config = ModelConfig(vocab_size=9, dim=8, num_layers=2, num_heads=2, ffn_dim=12, moe=moe)
+    assert hf_family(config) == "mixtral"
+    with pytest.raises(UserError) as caught:
+        config_to_hf(replace(config, moe=replace(moe, **change)), 16)
+    assert len(caught.value.problems) == 1 and problem in caught.value.problems[0]
+    # Where nothing is dropped outside of training, and all layers are alike, it is Mixtral.
+    for alike in ({"capacity_factor": 1.0}, {"num_experts": None, "experts_per_layer": [8, 8]}):
+        assert config_to_hf(replace(config, moe=replace(moe, **alike)), 16) == config_to_hf(config, 16)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, field
 
 import lightning.pytorch as L
-import torch
 from fp64_module import Fp64Module
 from ranks import run_ranks
 from torch import Tensor
@@ -36,11 +35,17 @@ class Setting:
     nodes: int = 1
     precision: str = "32-true"
     dropout: float = 0.1
+    compiled: bool = False
     options: dict = field(default_factory=dict)
 
     def config(self) -> ModelConfig:
         moe = None
-        if self.kind != "dense":
+        if self.kind == "prmoe":
+            moe = MoEConfig(
+                experts_per_layer=[2, 6], ffn_dim=24, top_k=1, renormalize=False, residual=True, balance_coef=0.1,
+                capacity_factor=1.0, min_capacity=1,
+            )  # fmt: skip
+        elif self.kind != "dense":
             balance = self.kind.partition("-")[2]
             moe = MoEConfig(num_experts=4, ffn_dim=24, balance=balance, balance_coef=0.1, z_loss_coef=0.01)
         return ModelConfig(
@@ -75,6 +80,7 @@ def train(setting: Setting, shards: dict, module_class: type = Fp64Module) -> di
         WarmupCosine(Duration(2, "steps")),
         clip_norm=0.5,
         seed=3,
+        compile=setting.compiled,
     )
     data = PackedShards(
         train={str(shards["a"]): 1.0, str(shards["b"]): 2.0},
@@ -123,6 +129,11 @@ def train_on(ranks: int, setting: Setting, shards: dict, module_class: type = Fp
     return run_ranks(ranks, train, setting, shards, module_class, nodes=setting.nodes)
 
 
+def numbers(value: float | list) -> list[float]:
+    """One after another; layers may have different numbers of experts."""
+    return [number for item in value for number in numbers(item)] if isinstance(value, list) else [float(value)]
+
+
 def worst(a: dict, b: dict) -> float:
     """The largest difference of any logged figure or parameter of two runs; infinite where texts differ."""
     assert len(a["records"]) == len(b["records"])
@@ -133,8 +144,8 @@ def worst(a: dict, b: dict) -> float:
             if isinstance(value, str):
                 differences.append(0.0 if value == right[name] else float("inf"))
             else:
-                gap = torch.tensor(value, dtype=torch.float64) - torch.tensor(right[name], dtype=torch.float64)
-                differences.append(float(gap.abs().max()))
+                pairs = zip(numbers(value), numbers(right[name]), strict=True)
+                differences += [abs(mine - theirs) for mine, theirs in pairs]
     for part in ("parameters", "buffers"):
         assert a[part].keys() == b[part].keys()
         differences += [float((a[part][n].double() - b[part][n].double()).abs().max()) for n in a[part]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def random_config(index):
     kv_heads = draw.choice([1, 2, 3])
     heads = kv_heads * draw.choice([1, 2, 4])
     moe = MoEConfig(num_experts=draw.choice([2, 5, 8]), ffn_dim=draw.choice([16, 20]), top_k=draw.choice([1, 2]))
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=draw.choice([50, 77]),
         dim=heads * draw.choice([4, 8]),
         num_layers=draw.choice([1, 2, 4]),
@@ -92,6 +93,13 @@ def random_config(index):
         moe_every=draw.choice([1, 2]),
         init_std=0.2,
     )
+    if config.moe is None:
+        return config
+    beside = draw.choice([{}, {"residual": True}, {"shared_ffn_dim": 12}])
+    pyramid = {}
+    if draw.random() < 0.5:
+        pyramid = {"num_experts": None, "experts_per_layer": [draw.choice([2, 5, 8]) for _ in config.layer_experts]}
+    return replace(config, moe=replace(config.moe, **beside, **(pyramid if config.layer_experts else {})))
 
 
 def test_any_configuration_counts_trains_and_packs():
@@ -309,9 +317,20 @@ def test_embedding_norm_is_a_norm_of_the_embedding():
     torch.testing.assert_close(model(tokens).hidden, twin(tokens).hidden)
 
 
-def test_flops_agree_with_the_counter():
-    config = ModelConfig(vocab_size=512, dim=128, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=256)
-    model = Decoder(config)
+FLOPS = {
+    "dense": None,
+    "prmoe": MoEConfig(experts_per_layer=[3, 8], ffn_dim=192, top_k=1, renormalize=False, residual=True),
+    "shared": MoEConfig(num_experts=6, ffn_dim=64, top_k=3, shared_ffn_dim=160),
+}
+
+
+@pytest.mark.parametrize("kind", FLOPS)
+def test_flops_agree_with_the_counter(kind):
+    config = ModelConfig(
+        vocab_size=512, dim=128, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=256,
+        moe=FLOPS[kind], dense_layers=[0] if FLOPS[kind] else None,
+    )  # fmt: skip
+    model = Decoder(config).double()  # the grouped product is not counted either; in fp64 there is none
     tokens = ids(2, 64, 512)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernel is not counted
         model.logits(model(tokens).hidden).sum().backward()

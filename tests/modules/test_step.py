@@ -53,10 +53,20 @@ def ragged_batch(seed=0):
     return Batch(tokens, labels, [[10, LENGTH - 10]] * ROWS, mask)
 
 
+MORE = {
+    "residual": {"residual": True, "top_k": 1, "renormalize": False},
+    "shared": {"shared_ffn_dim": 20},
+    "pyramid": {"num_experts": None, "experts_per_layer": [2, 6]},
+    "prmoe": {"num_experts": None, "experts_per_layer": [2, 6], "residual": True, "capacity_factor": 0.8},
+}
+
+
 def config(kind):
     moe = None
     if kind != "dense":
-        moe = MoEConfig(num_experts=4, ffn_dim=24, balance=kind.split("-")[1], balance_coef=0.1, z_loss_coef=0.01)
+        _, balance, *more = kind.split("-")
+        options = {"num_experts": 4, "ffn_dim": 24, "balance": balance, "balance_coef": 0.1, "z_loss_coef": 0.01}
+        moe = MoEConfig(**(options | {k: v for name in more for k, v in MORE[name].items()}))
     return ModelConfig(vocab_size=VOCAB, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, moe=moe)
 
 
@@ -90,7 +100,13 @@ def worst_difference(a, b):
     return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe-loss", "moe-bias"])
+DROPLESS = [
+    "dense", "moe-loss", "moe-bias", "moe-loss-residual", "moe-loss-shared", "moe-loss-pyramid",
+    "moe-bias-pyramid-residual",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DROPLESS)
 def test_gradients_are_equal_for_every_micro_batch(kind):
     whole = train(kind, ROWS)
     assert sum(g.abs().sum() for g in whole.gradients.values()) > 1
@@ -102,7 +118,8 @@ def test_gradients_are_equal_for_every_micro_batch(kind):
         for name, value in whole.record.losses.items():
             assert split.record.losses[name].item() == pytest.approx(value.item(), abs=1e-12), name
         if kind != "dense":
-            assert torch.equal(split.record.extra["expert_load"], whole.record.extra["expert_load"])
+            loads = [record.extra["expert_load"] for record in (split.record, whole.record)]
+            assert len(loads[0]) == 2 and all(map(torch.equal, *loads))
 
 
 class MeanOfMeans(PretrainModule):
@@ -153,7 +170,7 @@ def test_bias_moves_once_per_step_whatever_the_micro_batch():
 
 def test_expert_load_counts_real_tokens_only():
     record = train("moe-loss", 2).record
-    load = record.extra["expert_load"]
+    load = torch.stack(record.extra["expert_load"])
     assert load.sum(-1).tolist() == pytest.approx([1.0, 1.0])
     real = ragged_batch().num_tokens
     assert real < ROWS * LENGTH
@@ -193,3 +210,33 @@ def test_clipping_scales_to_the_norm():
     assert norm.item() == pytest.approx(0.05, rel=1e-4)
     with pytest.raises(AssertionError):
         assert torch.stack([g.norm() for g in free.gradients.values()]).norm().item() == pytest.approx(0.05, rel=1e-4)
+
+
+def test_what_a_pyramid_with_capacity_records():
+    """Loads and drops per layer, of whatever number of experts; with a capacity the split decides what is dropped."""
+    records = {size: train("moe-loss-prmoe", size, steps=2, lr=1e-3).record for size in (2, 8)}
+    for record in records.values():
+        assert [len(load) for load in record.extra["expert_load"]] == [2, 6]
+        assert [float(load.sum()) for load in record.extra["expert_load"]] == pytest.approx([1.0, 1.0])
+        plain = record.as_json()
+        assert [len(load) for load in plain["expert_load"]] == [2, 6]
+        assert all(len(plain[name]) == 2 for name in ("max_violation", "load_entropy", "router_entropy"))
+        assert len(plain["dropped_fraction"]) == 2 and all(0 < part < 0.6 for part in plain["dropped_fraction"])
+    fractions = [record.extra["dropped_fraction"] for record in records.values()]
+    assert not torch.equal(*fractions)
+    again = train("moe-loss-prmoe", 2, steps=2, lr=1e-3).record.as_json()
+    assert again == records[2].as_json()
+    assert "dropped_fraction" not in train("moe-loss", 8).record.as_json()
+
+
+def test_balance_counted_first_sees_the_same_drops():
+    """The counting pass of ``balance_counts: step`` draws the same random order as the pass that is trained on."""
+
+    class Watch(PretrainModule):
+        def step_sums(self):
+            self.known, self.seen = self._routing.known, super().step_sums()["counts"].clone()
+            return super().step_sums()
+
+    for balance in ("moe-loss-prmoe", "moe-loss-pyramid"):
+        module = train(balance, 2, module_class=Watch).module
+        assert torch.equal(module.known, module.seen)

@@ -99,6 +99,12 @@ RULES = [
     ((("top_k: 2", "top_k: 1\n        renormalize: false"),), ()),
     ((("num_layers: 4", "num_layers: 1000000000000"),), ("num_layers 1,000,000,000,000 is beyond",)),
     ((("moe:", "moe_every: 2\n      moe:"),), ("ffn_dim is missing: there are layers without experts",)),
+    ((("num_experts: 8", "experts_per_layer: [8, 8, 8]"),), ("moe.experts_per_layer names 3 layers, the model has 4",)),
+    ((("num_experts: 8", "experts_per_layer: [8, 8, 8, 8]"),), ()),
+    ((("num_experts: 8", "num_experts: 8\n        min_capacity: 4"),), ("moe.min_capacity has no effect without",)),
+    ((("num_experts: 8", "num_experts: 8\n        capacity_factor: 1.25\n        drop_policy: probs"),), ()),
+    ((("num_experts: 8", "num_experts: 8\n        shared_ffn_dim: 0"),), ("moe.shared_ffn_dim 0 is less than 1",)),
+    ((("num_experts: 8", "num_experts: 8\n        residual: true"),), ("ffn_dim is missing: moe.residual needs",)),
     ((("max_steps: 62500", "max_steps: 62500\n  accumulate_grad_batches: 1\n  enable_checkpointing: false"),), ()),
 ]  # fmt: skip
 

@@ -77,3 +77,12 @@ def test_diff_names_each_key():
         "data.init_args.train.data/ja: 0.5 -> 1",
         "seed: 42 -> 7",
     ]
+
+
+def test_with_a_capacity_the_micro_batch_decides_what_is_dropped():
+    def at(micro_batch: int) -> str:
+        data = _changed("model/init_args/config/moe/capacity_factor", 1.0)
+        data["data"]["init_args"]["micro_batch"] = micro_batch
+        return fingerprint(data)
+
+    assert at(4) != at(8) != fingerprint(_data())

@@ -74,6 +74,10 @@ RULES = [
         "expert_parallel 3 does not divide the 8 experts of a layer",
     ),
     (
+        f"devices: 4\n  strategy: {{class_path: {SHARDED}, init_args: {{expert_parallel: 4}}}}",
+        "expert_parallel 4 does not divide the 6 experts of a layer",
+    ),
+    (
         f"devices: 3\n  strategy: {{class_path: {SHARDED}, init_args: {{mode: zero3}}}}",
         "3 processes cannot share experts of width 256 in a model of width 128",
     ),
@@ -82,6 +86,8 @@ RULES = [
 
 @pytest.mark.parametrize(("lines", "words"), RULES, ids=range(len(RULES)))
 def test_check_says_it_before_anything_starts(problems_of, lines, words):
-    found = problems_of(("trainer:\n", f"trainer:\n  {lines}\n"))
+    pyramid = ("num_experts: 8", "experts_per_layer: [8, 8, 6, 8]") if "the 6 experts" in words else ("", "")
+    count = ("    expected_params: 7_509_120\n", "") if pyramid[0] else ("", "")
+    found = problems_of(("trainer:\n", f"trainer:\n  {lines}\n"), pyramid, count)
     assert len(found) == 1, found
     assert words in found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -115,6 +116,29 @@ def test_saved_on_some_resumed_on_others(tmp_path, fp64_recipe, single, before):
         assert worst(records, single) < 1e-10, name
         resumed += 1
     assert resumed == len(WAYS) == 5
+
+
+def test_pr_moe_saved_on_four_resumed_on_one(tmp_path, fp64_recipe):
+    """Layers of different sizes, a coefficient of two rows for four processes, drops drawn anew after a resume."""
+    recipe = copy.deepcopy(fp64_recipe)
+    config = recipe["model"]["init_args"]["config"]
+    config["ffn_dim"] = 32
+    config["moe"] = {"ffn_dim": 32, "top_k": 1, "renormalize": False, "residual": True, "capacity_factor": 1.0}
+    config["moe"] |= {"experts_per_layer": [2, *[6] * (config["num_layers"] - 1)], "min_capacity": 1}
+    path = write_recipe(tmp_path, recipe)
+    ((code, said),) = fit(path, tmp_path / "whole", 1, 1, STEPS)
+    assert code == 0, said
+    whole = trajectory(tmp_path / "whole" / "run")
+    assert all(max(r["dropped_fraction"]) > 0 for r in whole if "loss" in r)
+    for code, said in fit(path, tmp_path, 1, 4, 7, "full_shard", expert_parallel=2):
+        assert code == 0, said
+    ((code, said),) = fit(path, tmp_path, 1, 1, STEPS)
+    assert code == 0 and "step=000007: 7 steps" in said, said
+    records = [r for r in trajectory(tmp_path / "run") if not ("val_loss" in r and r["step"] == 7)]
+    assert worst(records, whole) < 1e-10
+    recipe["data"]["init_args"]["micro_batch"] //= 2
+    ((code, said),) = fit(write_recipe(tmp_path, recipe), tmp_path, 1, 1, STEPS + 1)
+    assert code == 2 and "data.micro_batch" in said, said
 
 
 def test_rank_0_speaks_for_all(tmp_path, fp64_recipe):

@@ -46,11 +46,22 @@ def initial_problems(facts: Facts) -> Iterator[Finding]:
 
 
 def _experts(ours: ModelConfig, theirs: ModelConfig, folder: str) -> Iterator[Finding]:
-    """Sizes only: how experts are chosen and balanced may change when a run begins."""
-    sizes = [None if c.moe is None else (c.moe.num_experts, c.moe.ffn_dim, c.moe.router) for c in (ours, theirs)]
-    if sizes[0] != sizes[1]:
-        words = ["no experts" if s is None else f"{s[0]} experts of width {s[1]} with a router {s[2]}" for s in sizes]
+    """Sizes only: how experts are chosen and balanced, and how many tokens they take, may change when a run begins."""
+    words = [_words(c) for c in (ours, theirs)]
+    if words[0] != words[1]:
         yield Finding((*CONFIG, "moe"), f"model.init_args.config: {words[0]} where {folder} has {words[1]}")
+
+
+def _words(config: ModelConfig) -> str:
+    moe = config.moe
+    if moe is None:
+        return "no experts"
+    numbers = sorted(set(config.layer_experts))
+    count = str(config.layer_experts) if len(numbers) > 1 else ", ".join(map(str, numbers))
+    words = f"{count} experts of width {moe.ffn_dim}"
+    if moe.residual:
+        words += " beside a dense network"
+    return words if moe.shared_ffn_dim is None else f"{words} beside a shared one of {moe.shared_ffn_dim}"
 
 
 def _adapters(ours: ModelConfig, theirs: ModelConfig, folder: str) -> Iterator[Finding]:

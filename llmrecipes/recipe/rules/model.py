@@ -24,7 +24,7 @@ _SIZES = (
     "vocab_multiple",
     "sliding_window",
 )
-_MOE_SIZES = ("num_experts", "ffn_dim", "top_k")
+_MOE_SIZES = ("num_experts", "ffn_dim", "top_k", "shared_ffn_dim")
 # More layers than this is a slip of the finger, and counting them one by one would take for ever.
 _MOST_LAYERS = 10_000
 

@@ -71,13 +71,12 @@ def _experts(facts: Facts, sizes: MeshSizes) -> Iterator[Finding]:
     if sizes.expert > 1 and facts.get(*CONFIG) is not None and not facts.mapping(*moe):
         yield Finding(path, f"trainer.strategy: expert_parallel {sizes.expert}, but the model has no experts")
         return
-    count, width, dim = (
-        facts.integer(*moe, "num_experts"),
-        facts.integer(*moe, "ffn_dim"),
-        facts.integer(*CONFIG, "dim"),
-    )
-    if count and count % sizes.expert:
-        what = f"trainer.strategy: expert_parallel {sizes.expert} does not divide the {count} experts of a layer"
+    width, dim = facts.integer(*moe, "ffn_dim"), facts.integer(*CONFIG, "dim")
+    listed = facts.get(*moe, "experts_per_layer")
+    counts = [n for n in listed if type(n) is int] if isinstance(listed, list) else [facts.integer(*moe, "num_experts")]
+    uneven = [n for n in counts if n and n % sizes.expert]
+    if uneven:
+        what = f"trainer.strategy: expert_parallel {sizes.expert} does not divide the {uneven[0]} experts of a layer"
         yield Finding(path, what)
     share = sizes.experts[1] if sizes.expert > 1 else sizes.shard
     if width and dim and (width % share and dim % share):

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import numpy as np
 import torch
 
-from llmrecipes.data.batch import IGNORE, Batch
+from llmrecipes.data.batch import Batch
 from llmrecipes.data.buffers import Buffers
 from llmrecipes.data.manifest import Manifest
-from llmrecipes.data.order import Order
 from llmrecipes.data.packing import PackedSource, parse_split, split_documents
 from llmrecipes.data.shards import IndexedShard
-from llmrecipes.data.tokenizer import Tokenizer
+from llmrecipes.data.step_data import StepData, ValidSet
 from llmrecipes.data.verify import check_manifest, verify
 from llmrecipes.errors import UserError
 
 
-class PackedShards(L.LightningDataModule):
+class PackedShards(StepData):
     """Token shards, packed to windows of ``seq_len``, blended by weight, in an order that depends on (seed, step) only.
 
     Args:
@@ -56,25 +52,14 @@ class PackedShards(L.LightningDataModule):
         valid_batches: int = 16,
         vocab_size: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(seq_len, micro_batch, global_batch, seed, tokenizer, valid_batches)
         self.train = dict(train)
         self.valid = None if valid is None else dict(valid)
-        self.seq_len = seq_len
-        self.micro_batch = micro_batch
-        self.global_batch = global_batch
         self.split = split
-        self.seed = seed
         self.document_mask = document_mask
-        self.tokenizer_folder = tokenizer
-        self.valid_batches = valid_batches
-        self.start_step = 0
-        self.notes: list[str] = []
         self._vocab_size = vocab_size
         self._shards: dict[str, IndexedShard] = {}
         self._manifests: dict[str, Manifest | None] = {}
-        self._train_sources: list[PackedSource] = []
-        self._valid_sources: dict[str, PackedSource] = {}
-        self._order: Order | None = None
         self._buffers = Buffers()
         self._verified = False
 
@@ -113,30 +98,12 @@ class PackedShards(L.LightningDataModule):
         self._raise(self._tokenizer_problems())
         self._cut()
 
-    def _raise(self, problems: list[str]) -> None:
-        if problems:
-            raise UserError(*problems)
-
     def _size_problems(self) -> list[str]:
-        problems = []
-        for name in ("seq_len", "micro_batch", "global_batch", "valid_batches"):
-            if getattr(self, name) < 1:
-                problems.append(f"data.{name}: {getattr(self, name)} must be at least 1")
-        if not self.train:
-            problems.append("data.train: empty; give at least one shard prefix and its weight")
-        for prefix, weight in self.train.items():
-            if not (math.isfinite(weight) and weight > 0):
-                problems.append(f"data.train: the weight of {prefix} is {weight}; it must be above 0, or leave it out")
+        problems = super()._size_problems() + self._weight_problems(self.train, "shard prefix")
         try:
             parse_split(self.split)
         except UserError as error:
             problems += error.problems
-        rows = self.micro_batch * self.data_ranks
-        if not problems and self.global_batch % rows:
-            problems.append(
-                f"data.global_batch: {self.global_batch} is not divisible by micro_batch x data ranks = "
-                f"{self.micro_batch} x {self.data_ranks} = {rows}"
-            )
         return problems
 
     def _open_shards(self) -> list[str]:
@@ -205,21 +172,10 @@ class PackedShards(L.LightningDataModule):
         for name, prefix in (self.valid or {}).items():
             valid[name] = source(prefix, (0, self._shards[prefix].num_documents), f"{prefix} (data.valid {name})")
         self._raise(problems)
-        self._train_sources = [s for s in train if s is not None]
-        self._valid_sources = {name: s for name, s in valid.items() if s is not None}
-        self._order = Order(self.seed, [len(s) for s in self._train_sources], list(self.train.values()))
+        valid_sources = {name: s for name, s in valid.items() if s is not None}
+        self.blend([s for s in train if s is not None], list(self.train.values()), valid_sources)
 
-    # ---- batches -------------------------------------------------------------------------------------------------
-
-    def step_batch(self, step: int) -> Batch:
-        """This rank's rows of optimizer step ``step``: its contiguous share of the step's ``global_batch`` samples."""
-        assert self._order is not None, "setup() comes first"
-        share = self.global_batch // self.data_ranks
-        first = step * self.global_batch + self.data_rank * share
-        source, window = self._order.samples(first, first + share)
-        batch = self._collate(self._train_sources, source, window)
-        batch.first_row = self.data_rank * share
-        return batch
+    # ---- batches
 
     def _collate(self, sources: list[PackedSource], source: np.ndarray, window: np.ndarray) -> Batch:
         shape = (len(source), self.seq_len)
@@ -237,51 +193,7 @@ class PackedShards(L.LightningDataModule):
                 sources[s].cut(window[rows], rows, labels, lengths)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths if self.document_mask else None)
 
-    def train_dataloader(self) -> TrainStream:
-        """Batches of steps ``start_step``, ``start_step + 1``, ... without end."""
-        return TrainStream(self)
-
-    def val_dataloader(self) -> list[ValidSet]:
-        """One set per domain, in the order of ``valid_names``."""
-        return [ValidSet(self, source) for source in self._valid_sources.values()]
-
-    @property
-    def valid_names(self) -> list[str]:
-        """Names of the validation sets."""
-        return list(self._valid_sources)
-
-    # ---- facts ---------------------------------------------------------------------------------------------------
-
-    @property
-    def data_rank(self) -> int:
-        """Which share of each step is this process's."""
-        return self._replica("rank", 0)
-
-    @property
-    def data_ranks(self) -> int:
-        """How many processes share a step; tensor-parallel peers count once."""
-        return self._replica("num_replicas", 1)
-
-    def _replica(self, key: str, alone: int) -> int:
-        strategy = getattr(self.trainer, "strategy", None)
-        kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
-        return alone if kwargs is None else int(kwargs[key])
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        return self.global_batch * self.seq_len
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The recipe's tokenizer.
-
-        Raises:
-            UserError: the recipe names none.
-        """
-        if self.tokenizer_folder is None:
-            raise UserError("data.tokenizer: missing; text samples need the folder of the tokenizer")
-        return Tokenizer(self.tokenizer_folder)
+    # ---- facts
 
     @cached_property
     def vocab_size(self) -> int:
@@ -334,46 +246,3 @@ class PackedShards(L.LightningDataModule):
             rows = ValidSet(self, valid).num_windows
             lines.append(f"validation {name}: {rows} of {len(valid):,} windows of {self.seq_len} tokens")
         return lines + self.notes
-
-
-class TrainStream:
-    """The endless stream of this rank's train batches; a resume sets ``start_step`` and nothing else."""
-
-    def __init__(self, data: PackedShards) -> None:
-        self._data = data
-
-    def __iter__(self) -> Iterator[Batch]:
-        step = self._data.start_step
-        while True:
-            yield self._data.step_batch(step)
-            step += 1
-
-
-class ValidSet:
-    """Fixed windows spread evenly over one validation source.
-
-    The windows do not depend on the number of ranks; each rank takes a contiguous share, and all have equally many
-    batches (collectives must match): a rank that is short repeats a window with no target in it.
-    """
-
-    def __init__(self, data: PackedShards, source: PackedSource) -> None:
-        self._data = data
-        self._source = source
-        self.num_windows = min(len(source), data.valid_batches * data.micro_batch)
-
-    @property
-    def _rows(self) -> int:
-        return -(-self.num_windows // self._data.data_ranks)
-
-    def __len__(self) -> int:
-        return -(-self._rows // self._data.micro_batch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        begin = self._data.data_rank * self._rows
-        for first in range(0, self._rows, self._data.micro_batch):
-            sample = begin + np.arange(first, min(first + self._data.micro_batch, self._rows))
-            beyond = sample >= self.num_windows
-            window = np.minimum(sample, self.num_windows - 1) * len(self._source) // self.num_windows
-            batch = self._data._collate([self._source], np.zeros_like(window), window)
-            batch.labels[torch.from_numpy(beyond)] = IGNORE
-            yield batch
