@@ -5,16 +5,16 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/llmrecipes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real check test clean
+.PHONY: help setup demo real check test bench-setup bench bench-full clean
 
 help:  ## this text
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch first and by its exact version: a range would fetch the newest build and gigabytes of CUDA with it.
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,data]'
 	touch $@
 
 setup: $(VENV)/.done  ## create the environment and install
@@ -55,5 +55,25 @@ WORKERS ?= 2
 test: $(VENV)/.done  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+# The libraries we compare with, in an environment of their own; see docs/performance.md.
+PEERS ?= .venv-peers
+$(PEERS)/.done: constraints.txt benchmarks/peers.txt benchmarks/peers-needs.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/peers-needs.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	touch $@
+
+bench-setup: $(VENV)/.done $(PEERS)/.done  ## environment of the libraries we compare with, shared weights and data
+	$(BIN)/python -m benchmarks.inputs
+	$(PEERS)/bin/python -m benchmarks.prepare_peers
+
+bench: bench-setup  ## speed and memory against them, the short form: some minutes
+	$(BIN)/python -m benchmarks --peers $(PEERS)/bin/python --table docs/performance.md
+
+bench-full: bench-setup  ## every row of docs/performance.md: an hour or two on a quiet machine
+	$(BIN)/python -m benchmarks --peers $(PEERS)/bin/python --table docs/performance.md --full
+
 clean:  ## remove the environment, the demo's data and its runs
-	rm -rf $(VENV) data/demo runs/moe_pretrain_cpu
+	rm -rf $(VENV) $(PEERS) data/demo runs/moe_pretrain_cpu

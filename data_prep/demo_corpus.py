@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import ModuleType
+from typing import Any
 
 from data_prep import demo_arithmetic, demo_en, demo_ja
 from data_prep.demo_world import Person, Town, World, make_world
@@ -28,7 +29,7 @@ PERSON_KINDS = ("born", "job", "home")
 QUESTIONS_SHARE = 0.15  # of the documents on towns and people are questions with answers
 HELD_OUT_SHARE = 4  # one question in so many is asked in no document
 NUM_SUMS = 200  # questions of arithmetic for each language, half of them held out
-QUESTIONS_FILE = "questions.jsonl"
+QUESTIONS_FILE, CHAT_FILE, PREFERENCES_FILE = "questions.jsonl", "chat.jsonl", "preferences.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def demo(output: str, documents: int = 20_000, seed: int = 0, overwrite: bool = 
     """Writes a small Japanese and English corpus about invented towns, people and arithmetic, and questions about it.
 
     Files: ja_towns, en_towns, ja_people, en_people, arithmetic (.jsonl: text, source, lang, domain, id, license) and
-    questions.jsonl (question, answer, cloze, lang, kind, held_out). The same seed gives the same bytes everywhere.
+    questions.jsonl (question, answer, cloze, lang, kind, held_out); of those that are not held out, chat.jsonl
+    (messages) and preferences.jsonl (prompt, chosen, rejected: the answer to another question of the kind). The same
+    seed gives the same bytes everywhere.
 
     Args:
         output: folder to write.
@@ -62,7 +65,7 @@ def demo(output: str, documents: int = 20_000, seed: int = 0, overwrite: bool = 
     if documents < 100:
         raise UserError(f"--documents {documents}: at least 100, so that every domain has some")
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        names = {f"{domain}.jsonl" for domain in DOMAINS} | {QUESTIONS_FILE}
+        names = {f"{domain}.jsonl" for domain in DOMAINS} | {QUESTIONS_FILE, CHAT_FILE, PREFERENCES_FILE}
         if not overwrite:
             raise UserError(f"{folder}: exists already; choose another --output, or say --overwrite true")
         if not folder.is_dir() or {path.name for path in folder.iterdir()} - names:
@@ -181,8 +184,38 @@ def _write_all(folder: Path, world: World, documents: int, seed: int) -> list[st
             size = path.stat().st_size / 1e6
             report.append(f"{path.name:<18} {count:>7,} documents {num_characters:>11,} characters {size:>6.1f} MB")
     asked = questions(world, seed)
-    with (folder / QUESTIONS_FILE).open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(vars(question), ensure_ascii=False) + "\n" for question in asked)
+    _write_lines(folder / QUESTIONS_FILE, [vars(question) for question in asked])
     held_out = sum(question.held_out for question in asked)
     report.append(f"{QUESTIONS_FILE:<18} {len(asked):>7,} questions, {held_out:,} of them asked in no document")
+    shown = [question for question in asked if not question.held_out]
+    _write_lines(folder / CHAT_FILE, [conversation(question) for question in shown])
+    _write_lines(folder / PREFERENCES_FILE, preferences(shown, seed))
+    report.append(
+        f"{CHAT_FILE:<18} {len(shown):>7,} of them as conversations; {PREFERENCES_FILE}: a wrong answer to each"
+    )
     return report
+
+
+def conversation(question: Question) -> dict[str, Any]:
+    """A question and its answer as messages."""
+    said = [("user", question.question), ("assistant", question.answer)]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def preferences(asked: list[Question], seed: int) -> list[dict[str, str]]:
+    """Of each question the right answer and one that another question of its kind and language has."""
+    rng = Random(f"{seed}/preferences")
+    answers: dict[tuple[str, str], list[str]] = {}
+    for question in asked:
+        answers.setdefault((question.lang, question.kind), []).append(question.answer)
+    pairs = []
+    for question in asked:
+        wrong = sorted(set(answers[question.lang, question.kind]) - {question.answer})
+        if wrong:
+            pairs.append({"prompt": question.question, "chosen": question.answer, "rejected": rng.choice(wrong)})
+    return pairs
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -57,16 +57,20 @@ def stats(shards: list[str]) -> None:
 
 
 def inspect(
-    shard: str,
-    tokenizer: str,
+    shard: str | None = None,
+    tokenizer: str | None = None,
     documents: list[int] | None = None,
     start: int | None = None,
     length: int = 200,
     count: int = 3,
     seed: int = 0,
     ids: bool = True,
+    recipe: list[str] | None = None,
+    step: int = 0,
 ) -> None:
-    """Prints documents, or one window of tokens, of a shard; neighbouring pieces differ in colour on a terminal.
+    """Prints documents, or one window of tokens, of a shard; or what a recipe trains on, with the part the loss sees.
+
+    Neighbouring pieces of a shard differ in colour on a terminal.
 
     Args:
         shard: prefix (path without .bin).
@@ -74,10 +78,21 @@ def inspect(
         documents: numbers of the documents to show; without them `count` are drawn.
         start: show the window of tokens from this position instead of documents.
         length: at most so many tokens of a document, or of the window.
-        count: how many documents to draw.
+        count: how many documents to draw, or to show of a recipe.
         seed: chooses the documents.
-        ids: print the token ids below the text.
+        ids: print the token ids below the text; those that are trained on have a star.
+        recipe: show the rows of this recipe instead of a shard; several files are merged as by `fit`.
+        step: which optimizer step of the recipe, from 0.
     """
+    if recipe is not None:
+        if shard is not None or tokenizer is not None:
+            raise UserError("--recipe names its data and tokenizer itself; leave --shard and --tokenizer out")
+        from data_prep.inspect_recipe import inspect_recipe
+
+        inspect_recipe(recipe, step, count, ids)
+        return
+    if shard is None or tokenizer is None:
+        raise UserError("data inspect: give --shard and --tokenizer, or --recipe")
     from random import Random
 
     from llmrecipes.data.manifest import Manifest

@@ -96,7 +96,7 @@ def train_tokenizer(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         export(model, partial)
-        _verify_or_set_aside(partial, folder, sample.probes, byte_fallback)
+        verify_or_set_aside(partial, folder, sample.probes, byte_fallback)
         report = _report(partial, paths, sample)
         if folder.exists():
             shutil.rmtree(folder)
@@ -170,7 +170,7 @@ def export(model: bytes, folder: Path) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
     from tokenizers.models import Unigram
 
-    proto = _proto(model)
+    proto = model_proto(model)
     # SentencePiece never finds control and byte pieces in a text; tokenizers would: "</s>", "<0x41>", cheap at 0.0.
     # At this price they lose to single characters, which are pieces all (ASCII).
     pieces = [(piece.piece, piece.score if piece.type == piece.NORMAL else NEVER) for piece in proto.pieces]
@@ -179,7 +179,8 @@ def export(model: bytes, folder: Path) -> None:
     fast = Tokenizer(Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=fallback))
     fast.normalizer = normalizers.Replace(Regex(" "), SPACE)
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIAL_PIECES])
+    special = [piece.piece for piece in proto.pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)]
+    fast.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
     names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL_PIECES, strict=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -233,7 +234,7 @@ def verify_export(folder: Path, probes: list[str], exact: bool = True) -> None:
         raise UserError(f"{folder}: {len(problems)} of {2 * len(probes)} checks failed", *problems[:10])
 
 
-def _verify_or_set_aside(partial: Path, folder: Path, probes: list[str], exact: bool) -> None:
+def verify_or_set_aside(partial: Path, folder: Path, probes: list[str], exact: bool) -> None:
     """`verify_export`; a failed export, the fruit of minutes of training, is kept for inspection under another name."""
     try:
         verify_export(partial, probes, exact)
@@ -261,7 +262,7 @@ def _check_arguments(folder: Path, vocab_size: int, sample_bytes: int, byte_fall
 
 def _sample(paths: list[Path], field: str, seed: int, sample_bytes: int) -> Sample:
     """Chooses lines by a hash of their place: two passes, the first counts, the second takes."""
-    counted = [_count(path, field) for path in paths]
+    counted = [count_text(path, field) for path in paths]
     shares = fair_shares([size for _, size in counted], sample_bytes)
     lines, probes = list[str](), list[str]()
     documents, used = list[list[str]](), list[int]()
@@ -270,7 +271,7 @@ def _sample(paths: list[Path], field: str, seed: int, sample_bytes: int) -> Samp
         if not size:
             raise UserError(f"{path}: holds no text; remove it from --input")
         taken, whole, from_here = list[str](), list[str](), 0
-        for number, text in enumerate(_progress(path, field, "sampling")):
+        for number, text in enumerate(progress(path, field, "sampling")):
             if _unit_hash(seed, number, -1) * num_documents < num_wanted:
                 whole.append(text[:MAX_PROBE_CHARACTERS])
             for place, line in enumerate(training_lines(text)):
@@ -285,10 +286,10 @@ def _sample(paths: list[Path], field: str, seed: int, sample_bytes: int) -> Samp
     return Sample(lines, probes, documents, used)
 
 
-def _count(path: Path, field: str) -> tuple[int, int]:
+def count_text(path: Path, field: str) -> tuple[int, int]:
     """Documents, and their UTF-8 bytes."""
     num_documents = num_bytes = 0
-    for text in _progress(path, field, "counting"):
+    for text in progress(path, field, "counting"):
         num_documents += 1
         num_bytes += len(text.encode())
     return num_documents, num_bytes
@@ -326,7 +327,8 @@ def _unit_hash(seed: int, document: int, line: int) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def _progress(path: Path, field: str, verb: str) -> Iterator[str]:
+def progress(path: Path, field: str, verb: str) -> Iterator[str]:
+    """Every document of an input, with a bar."""
     from tqdm import tqdm
 
     label = f"{verb} {path.name}"
@@ -338,7 +340,7 @@ def _progress(path: Path, field: str, verb: str) -> Iterator[str]:
 
 def _finished(model: bytes) -> bytes:
     """The trained model with the newline as a NORMAL piece and all scores multiples of SCORE_STEP."""
-    proto = _proto(model)
+    proto = model_proto(model)
     [newline] = [piece for piece in proto.pieces if piece.piece == "\n"]
     newline.type, newline.score = type(newline).NORMAL, 0.0
     for piece in proto.pieces:
@@ -347,7 +349,8 @@ def _finished(model: bytes) -> bytes:
     return proto.SerializeToString()
 
 
-def _proto(model: bytes) -> Any:
+def model_proto(model: bytes) -> Any:
+    """A SentencePiece model as protobuf; of no bytes: an empty one."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]

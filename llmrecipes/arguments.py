@@ -12,7 +12,7 @@ def join_lists(function: Callable[..., None], args: Sequence[str]) -> list[str]:
     lists = {
         f"--{name}": "int" in str(parameter.annotation)
         for name, parameter in inspect.signature(function).parameters.items()
-        if str(parameter.annotation).startswith("list[")
+        if "list[" in str(parameter.annotation)
     }
     joined, rest = list[str](), list(args)
     while rest:

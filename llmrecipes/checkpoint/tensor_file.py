@@ -75,13 +75,31 @@ def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
 
 
 def read_header(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
-    """The tensors of a file, with their places counted from the file's beginning, and its metadata."""
+    """The tensors of a file, with their places counted from the file's beginning, and its metadata.
+
+    Raises:
+        OSError: not readable. ValueError: not such a file, or it contradicts itself.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError("it ends before its head does")
         entries = json.loads(file.read(length))
+    if not isinstance(entries, dict):
+        raise ValueError("its head is not a mapping")
     metadata = entries.pop("__metadata__", {})
-    slots = {
-        name: Slot(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in entries.items()
-    }
+    slots = {name: _slot(name, entry, 8 + length) for name, entry in entries.items()}
     return slots, metadata
+
+
+def _slot(name: str, entry: Any, start: int) -> Slot:
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"its head says of {name}: {str(entry)[:80]}") from None
+    if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name} has sizes or places that are no whole numbers")
+    if begin + math.prod(shape) * dtype.itemsize != end:
+        raise ValueError(f"{name} is {list(shape)} but fills {end - begin} bytes")
+    return Slot(dtype, shape, start + begin)

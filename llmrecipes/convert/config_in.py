@@ -2,100 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmrecipes.convert.families import ARCHITECTURES, READ_ONLY
+from llmrecipes.convert.config_in_classic import bloom, gpt2, gpt_neox, qwen1, stablelm, starcoder2
+from llmrecipes.convert.families import ARCHITECTURES, ATTENTION_BIAS, MLP_BIAS, READ_ONLY, UNSUPPORTED
+from llmrecipes.convert.hf_reader import Reader
+from llmrecipes.convert.hf_rope import Rope, read_rope, read_scaling
 from llmrecipes.errors import UserError
-from llmrecipes.recipe.model_config import Activation, ModelConfig, MoEConfig, RopeScaling
+from llmrecipes.recipe.model_config import Activation, ModelConfig, MoEConfig
 
-# Keys that every config.json may hold and that change no logits.
-_NEUTRAL = {
-    "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_name_or_path", "architectures",
-    "auto_map", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id",
-    "experts_implementation", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
-    "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "pretraining_tp", "problem_type", "return_dict", "router_aux_loss_coef", "sep_token_id", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
-}  # fmt: skip
-# Of Qwen-1: what begins beyond its longest text, and how fast or in which type it is computed.
-_QWEN1_ELSEWHERE = {
-    "use_dynamic_ntk", "use_logn_attn", "max_position_embeddings", "use_flash_attn", "fp16", "bf16", "fp32",
-    "softmax_in_fp32", "onnx_safe", "tokenizer_type", "use_cache_quantization", "use_cache_kernel",
-}  # fmt: skip
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+_GATED: dict[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_new": "geglu",
+    "gelu_fast": "geglu",
 }
-_SILU = ("silu", "swish")
-_GELU: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
-_THETA = {"mixtral": 1e6}
-_EPS = {"mixtral": 1e-5, "olmoe": 1e-5}
-
-
-@dataclass
-class Reader:
-    """Hands out the values of a ``config.json`` and remembers which were asked for and what is wrong.
-
-    Attributes:
-        hf: the parsed file. asked: keys that were looked at. problems: sentences.
-    """
-
-    hf: Mapping[str, Any]
-    asked: set[str] = field(default_factory=lambda: set(_NEUTRAL))
-    problems: list[str] = field(default_factory=list)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value, or ``default`` where it is missing or null."""
-        self.asked.add(key)
-        value = self.hf.get(key)
-        return default if value is None else value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0 that must be there, or have a default."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.problems.append(f"{key} {value!r}: a whole number above 0 is needed")
-            return 1
-        return value
-
-    def only(self, key: str, *allowed: Any, why: str) -> None:
-        """Refuse a value that the decoder cannot do; a missing or null one is fine."""
-        value = self.get(key)
-        if value is not None and value not in allowed:
-            self.problems.append(f"{key} {value!r}: {why}")
-
-    def dropout(self, *keys: str) -> float:
-        """One probability for all places, as the decoder has it."""
-        values = {float(self.get(key, 0.0)) for key in keys}
-        if len(values) == 1:
-            return values.pop()
-        self.problems.append(f"{', '.join(keys)} differ: one dropout for all is supported; set them all to 0 or alike")
-        return 0.0
-
-    def no_dropout(self, key: str) -> None:
-        """Refuse dropout of the attention weights alone."""
-        self.only(key, 0, why="dropout of the attention weights alone is not supported; set it to 0")
-
-    def finish(self) -> None:
-        """Refuse what was found wrong, and every key that nobody asked for and that says something."""
-        # A leading underscore marks what transformers keeps for itself, such as the name a file once had.
-        unasked = [key for key in self.hf if key not in self.asked and not key.startswith("_")]
-        left = [key for key in unasked if _says_something(self.hf[key])]
-        self.problems += [f"{key} {self.hf[key]!r}: not understood; what it does would be lost" for key in left]
-        if self.problems:
-            raise UserError(*(f"config.json: {problem}" for problem in self.problems))
-
-
-def _says_something(value: Any) -> bool:
-    return value is not None and value is not False and value not in ([], {}, "")
+_THETA = {"mixtral": 1e6, "smollm3": 2e6}
+_EPS = {"mixtral": 1e-5, "olmoe": 1e-5, "phi3": 1e-5, "olmo2": 1e-5}
+_MOST_EXPERTS = 1 << 16
+_QK_NORM = {"qwen3": "head", "qwen3_moe": "head", "gemma3_text": "head", "olmoe": "all", "olmo2": "all"}
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -104,42 +32,57 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     Raises:
         UserError: the architecture or one of its options is not supported; every reason is listed.
     """
-    family = str(hf.get("model_type"))
-    readers = {"gpt2": _gpt2, "bloom": _bloom, "qwen": _qwen1}
-    if family not in ARCHITECTURES and family not in READ_ONLY:
+    return read_config(hf)[0]
+
+
+def read_config(hf: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
+    """The decoder, and the keys that were left out because they change no logits.
+
+    Raises:
+        UserError: the architecture or one of its options is not supported; every reason is listed.
+    """
+    family = hf.get("model_type")
+    if not isinstance(family, str) or (family not in ARCHITECTURES and family not in READ_ONLY):
         known = ", ".join((*ARCHITECTURES, *READ_ONLY))
-        raise UserError(f"config.json: model_type {family!r} is not supported: use one of {known}")
+        why = UNSUPPORTED.get(family) if isinstance(family, str) else None
+        because = "" if why is None else f", because {why}"
+        raise UserError(f"config.json: model_type {family!r} is not supported{because}: use one of {known}")
     reader = Reader(hf)
-    values = readers[family](reader) if family in readers else _llama_like(reader, family)
+    values = _READERS[family](reader) if family in _READERS else _llama_like(reader, family)
+    values["init_std"] = reader.number("initializer_range", 0.02)
+    size = reader.size("vocab_size", most=1 << 27)
     reader.finish()
-    values["init_std"] = hf.get("initializer_range", 0.02)
     try:
-        return ModelConfig(vocab_size=reader.size("vocab_size"), **values)
+        return ModelConfig(vocab_size=size, **values), reader.left_out()
     except ValueError as error:
         raise UserError(*(f"config.json: {problem}" for problem in str(error).split("; "))) from None
 
 
 def _llama_like(r: Reader, family: str) -> dict[str, Any]:
-    """Llama, Mistral, Qwen2, Qwen3, Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE."""
-    theta, scaling = _rope(r, family)
-    r.only("hidden_act", *_SILU, why="only 'silu' (SwiGLU) is supported")
-    r.no_dropout("attention_dropout")
+    """RMSNorm, a gated feed-forward network and rotary positions: Llama and what came of it."""
+    gemma = family in ("gemma", "gemma3_text")
+    activation: Activation = "geglu" if gemma else r.word("hidden_act", _GATED, "silu")
+    if family != "phi3":
+        r.no_dropout("attention_dropout")
     heads, dim = r.size("num_attention_heads"), r.size("hidden_size")
     kv_heads = r.size("num_key_value_heads", _kv_heads(family, heads))
-    head_dim = r.get("head_dim", 128 if family == "qwen3" else None)
-    layers = r.size("num_hidden_layers")
+    head_dim = r.optional_size("head_dim", 128 if family == "qwen3" else None)
+    if max(heads, kv_heads) * (head_dim or 1) > 1 << 20:
+        r.problems.append(
+            f"num_attention_heads {heads} x head_dim {head_dim}: more than {1 << 20:,} is surely a mistake"
+        )
+    layers = r.layers()
+    rope = _rope(r, family)
     window, window_layers = _window(r, family, layers)
-    qkv_bias = out_bias = (
-        bool(r.get("attention_bias", False)) if family not in ("qwen2", "mistral", "mixtral", "qwen2_moe") else False
-    )
+    qkv_bias = out_bias = r.flag("attention_bias", False) if family in ATTENTION_BIAS else False
     if family == "qwen2":
         qkv_bias = True
     if family == "qwen2_moe":
-        qkv_bias = bool(r.get("qkv_bias", True))
-    bias = bool(r.get("mlp_bias", False)) if family == "llama" else False
+        qkv_bias = r.flag("qkv_bias", True)
+    bias = r.flag("mlp_bias", False) if family in MLP_BIAS else False
     moe = _experts(r, family)
     mixed = family in ("qwen2_moe", "qwen3_moe")
-    dense_layers = sorted(r.get("mlp_only_layers", [])) if mixed else []
+    dense_layers = sorted(r.numbers("mlp_only_layers") or []) if mixed else []
     every = r.size("decoder_sparse_step", 1) if mixed else 1
     ffn_dim = None if family in ("mixtral", "olmoe") else r.size("intermediate_size")
     if moe is not None and every == 1 and not dense_layers:
@@ -151,90 +94,193 @@ def _llama_like(r: Reader, family: str) -> dict[str, Any]:
         "num_kv_heads": None if kv_heads == heads else kv_heads,
         "head_dim": None if head_dim is None or head_dim * heads == dim else head_dim,
         "ffn_dim": ffn_dim,
-        "norm_eps": float(r.get("rms_norm_eps", _EPS.get(family, 1e-6))),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        "norm_eps": r.number("rms_norm_eps", _EPS.get(family, 1e-6)),
+        "activation": activation,
+        **rope.values(),
         "sliding_window": window,
         "window_layers": window_layers,
-        "max_seq_len": r.get("max_position_embeddings"),
+        "max_seq_len": r.optional_size("max_position_embeddings"),
         "qkv_bias": qkv_bias,
         "bias": bias,
         "out_bias": None if out_bias == bias else out_bias,
-        "qk_norm": family in ("qwen3", "qwen3_moe", "olmoe"),
-        "qk_norm_scope": "all" if family == "olmoe" else "head",
-        "tie_embeddings": bool(r.get("tie_word_embeddings", False)),
+        "qk_norm": family in _QK_NORM,
+        "qk_norm_scope": _QK_NORM.get(family, "head"),
+        "tie_embeddings": r.flag("tie_word_embeddings", gemma or family == "smollm3"),
         "moe": moe,
         "moe_every": every,
         "dense_layers": dense_layers or None,
-    }
+    } | (_SPECIAL[family](r) if family in _SPECIAL else {})
 
 
 def _kv_heads(family: str, heads: int) -> int:
     """What transformers assumes where config.json is silent."""
-    return {"qwen2": 32, "qwen3": 32, "mistral": 8, "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}.get(family, heads)
+    silent = {"qwen2": 32, "qwen3": 32, "mistral": 8, "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "gemma": 16}
+    return (silent | {"smollm3": 4}).get(family, heads)
 
 
-def _rope(r: Reader, family: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    r.asked |= {"rope_scaling", "rope_theta", "rope_parameters"}
-    rope = dict(r.get("rope_parameters") or r.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or r.get("rope_theta", _THETA.get(family, 1e4)))
-    legacy, kind = rope.pop("type", "default"), rope.pop("rope_type", None)
-    kind = kind or legacy
-    for partial in (rope.pop("partial_rotary_factor", None), r.get("partial_rotary_factor")):
-        if partial is not None and float(partial) != 1.0:
-            r.problems.append(f"partial_rotary_factor {partial}: only full rotary positions (1.0) are supported")
-    names = _ROPE_KEYS.get(kind)
-    if names is None:
-        r.problems.append(f"rope_type {kind!r}: only 'default', 'linear' and 'llama3' are supported")
-        return theta, None
-    r.problems += [f"rope_scaling lacks {name}" for name in names if name not in rope]
-    extra = [name for name in rope if name not in names and rope[name] is not None]
-    # Configurations in memory carry what belongs to other kinds, at no effect.
-    if kind == "default":
-        extra = [name for name in extra if name != "original_max_position_embeddings"]
-    r.problems += [f"rope_scaling.{name} {rope[name]!r}: not understood" for name in extra]
-    if kind == "default" or r.problems:
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=float(rope["factor"]))
-    return theta, RopeScaling(
-        kind="llama3",
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_seq_len=int(rope["original_max_position_embeddings"]),
-    )
+def _rope(r: Reader, family: str) -> Rope:
+    if family == "phi3":
+        r.asked.add("original_max_position_embeddings")
+        return read_rope(r, fraction=1.0, old_kinds={"su": "longrope", "yarn": "longrope"})
+    if family == "gemma3_text":
+        return _gemma3_rope(r)
+    return read_rope(r, _THETA.get(family, 1e4))
+
+
+def _gemma3_rope(r: Reader) -> Rope:
+    """Of the layers without a window; the others have a base of their own, which `_gemma3` reads."""
+    r.asked |= {"rope_scaling", "rope_parameters", "rope_theta"}
+    by_kind = r.hf.get("rope_parameters")
+    full = by_kind.get("full_attention") if isinstance(by_kind, dict) else None
+    outside = r.hf.get("rope_scaling")
+    full = {**(full if isinstance(full, dict) else {}), **(outside if isinstance(outside, dict) else {})}
+    part = Reader({key: value for key, value in full.items() if value is not None})
+    part.problems = r.problems
+    return Rope(part.number("rope_theta", r.number("rope_theta", 1e6)), read_scaling(r, part, {}), 1.0)
+
+
+def _gemma(r: Reader) -> dict[str, Any]:
+    """Gemma 1: norms by 1 + weight, the embedding times sqrt(dim); "gelu" means its tanh form in these files."""
+    r.only("hidden_act", "gelu", "gelu_pytorch_tanh", why="Gemma's 'gelu_pytorch_tanh' is supported")
+    r.only("hidden_activation", "gelu", "gelu_pytorch_tanh", why="Gemma's 'gelu_pytorch_tanh' is supported")
+    r.only("use_bidirectional_attention", False, why="only causal attention is supported")
+    scale = math.sqrt(r.size("hidden_size"))
+    return {"norm_plus_one": True, "embedding_scale": scale}
+
+
+def _gemma3(r: Reader) -> dict[str, Any]:
+    """Gemma 3 without its image encoder."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        r.only(key, why="capping by tanh is not supported")
+    scalar = r.number("query_pre_attn_scalar", 256.0)
+    by_kind = r.hf.get("rope_parameters")
+    local = by_kind.get("sliding_attention") if isinstance(by_kind, dict) else None
+    local = local if isinstance(local, dict) else {}
+    if local.get("rope_type", "default") != "default":
+        r.problems.append(f"rope_parameters.sliding_attention {local!r}: only rope_type 'default' is supported")
+    part = Reader(local)
+    part.problems = r.problems
+    theta = part.number("rope_theta", r.number("rope_local_base_freq", 1e4))
+    windows = _window(r, "gemma3_text", r.layers())[0]
+    return _gemma(r) | {
+        "norm_position": "both",
+        "attention_scale": scalar**-0.5,
+        "window_rope_theta": None if windows is None else theta,
+    }
+
+
+def _smollm3(r: Reader) -> dict[str, Any]:
+    """SmolLM3: ``no_rope_layers`` has a 1 for each layer that does rotate."""
+    layers, every = r.layers(), r.size("no_rope_layer_interval", 4)
+    rotates = r.numbers("no_rope_layers")
+    if rotates is None:
+        rotates = [int((i + 1) % every != 0) for i in range(layers)]
+    if len(rotates) < layers:
+        r.problems.append(f"no_rope_layers has {len(rotates)} numbers for {layers} layers")
+    return {"nope_layers": [i for i, one in enumerate(rotates[:layers]) if not one] or None}
+
+
+def _granite(r: Reader) -> dict[str, Any]:
+    return {
+        "embedding_scale": r.number("embedding_multiplier", 1.0),
+        "residual_scale": r.number("residual_multiplier", 1.0),
+        "attention_scale": r.number("attention_multiplier", 1.0),
+        "logit_divisor": r.number("logits_scaling", 1.0),
+    }
+
+
+def _olmo2(r: Reader) -> dict[str, Any]:
+    r.only("clip_qkv", why="clipping of queries, keys and values is not supported")
+    return {"norm_position": "post"}
+
+
+def _phi3(r: Reader) -> dict[str, Any]:
+    for key in ("full_attn_mod", "interpolate_factor"):
+        r.only(key, 1, why="only 1 is known of this family")
+    return {"dropout": r.dropout("resid_pdrop", "embd_pdrop", "attention_dropout")}
+
+
+_SPECIAL: dict[str, Callable[[Reader], dict[str, Any]]] = {
+    "gemma": _gemma,
+    "gemma3_text": _gemma3,
+    "smollm3": _smollm3,
+    "granite": _granite,
+    "olmo2": _olmo2,
+    "phi3": _phi3,
+}
+_READERS: dict[str, Callable[[Reader], dict[str, Any]]] = {
+    "gpt2": gpt2,
+    "bloom": bloom,
+    "gpt_neox": gpt_neox,
+    "starcoder2": starcoder2,
+    "stablelm": stablelm,
+    "qwen": qwen1,
+}
 
 
 def _window(r: Reader, family: str, layers: int) -> tuple[int | None, list[int] | None]:
     """Sliding window, and the layers that have it (None = all)."""
-    if family in ("llama", "olmoe"):
-        return None, None  # a key that is there all the same is refused as not understood
-    window = r.get("sliding_window", 4096 if family == "mistral" and "sliding_window" not in r.hf else None)
-    if family in ("mistral", "mixtral"):
+    if family in ("llama", "olmoe", "gemma", "olmo2", "granite"):
+        # A window that is there all the same is refused as not understood.
         kinds = r.get("layer_types")
-        if kinds is not None and set(kinds) != {"sliding_attention" if window else "full_attention"}:
-            r.problems.append(f"layer_types {kinds!r}: {family} has one kind of attention in all layers")
+        if kinds is not None and kinds != ["full_attention"] * layers:
+            r.problems.append(f"layer_types {kinds!r}: {family} has no sliding window")
+        return None, None
+    r.asked.add("sliding_window")
+    idle = family not in ("mistral", "mixtral", "phi3", "gemma3_text") and r.hf.get("use_sliding_window") in (
+        None,
+        False,
+    )
+    # Without use_sliding_window its value says nothing: Qwen2-MoE in memory has 0.
+    window = None if idle else r.optional_size("sliding_window", _silent_window(r, family))
+    listed = r.numbers("layer_types", str)
+    if family in ("mistral", "mixtral", "phi3"):
+        if listed is not None and set(listed) != {"sliding_attention" if window else "full_attention"}:
+            r.problems.append(f"layer_types {listed!r}: {family} has one kind of attention in all layers")
         return window, None
-    listed, first = r.get("layer_types"), r.get("max_window_layers", 28)
-    if not r.get("use_sliding_window", False):
+    if family == "gemma3_text":
+        pattern = r.size("sliding_window_pattern", r.size("_sliding_window_pattern", 6))
+        if listed is None:
+            listed = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
+        return _listed_windows(r, window, listed, layers)
+    first = r.get("max_window_layers", 28)
+    if not r.flag("use_sliding_window", False):
         if listed is not None and set(listed) != {"full_attention"}:
             r.problems.append("layer_types: sliding attention without use_sliding_window")
         return None, None
-    window = window or 4096
     if family == "qwen3_moe":
-        return window, None  # transformers gives it to every layer, whatever max_window_layers says
+        return window or 4096, None  # transformers gives it to every layer, whatever max_window_layers says
+    if family == "smollm3":
+        if listed is None:
+            nope = (_smollm3(r)["nope_layers"] or []) if window else []
+            listed = ["sliding_attention" if i in nope else "full_attention" for i in range(layers)]
+        return _listed_windows(r, window, listed, layers)
+    if not isinstance(first, int) or isinstance(first, bool):
+        r.problems.append(f"max_window_layers {first!r}: a whole number is needed")
+        return None, None
     if listed is None:
         # Qwen2-MoE: every other layer below the first full one.
         slides = [i % 2 == 0 and i < first if family == "qwen2_moe" else i >= first for i in range(layers)]
         listed = ["sliding_attention" if yes else "full_attention" for yes in slides]
+    return _listed_windows(r, window or 4096, listed, layers)
+
+
+def _silent_window(r: Reader, family: str) -> int | None:
+    """What transformers assumes where config.json has no such key."""
+    return 4096 if family in ("mistral", "gemma3_text") and "sliding_window" not in r.hf else None
+
+
+def _listed_windows(
+    r: Reader, window: int | None, listed: list[str], layers: int
+) -> tuple[int | None, list[int] | None]:
     if set(listed) - {"sliding_attention", "full_attention"} or len(listed) != layers:
         r.problems.append(f"layer_types {listed!r}: one of 'sliding_attention', 'full_attention' for each layer")
         return None, None
     where = [i for i, kind in enumerate(listed) if kind == "sliding_attention"]
     if not where:
         return None, None
+    if window is None:
+        r.problems.append("layer_types: sliding attention without sliding_window")
     return window, None if len(where) == layers else where
 
 
@@ -245,9 +291,9 @@ def _experts(r: Reader, family: str) -> MoEConfig | None:
     if family not in defaults:
         return None
     experts, top_k, coef = defaults[family]
-    experts = r.size("num_local_experts", r.size("num_experts", experts))
+    experts = r.size("num_local_experts", r.size("num_experts", experts, _MOST_EXPERTS), _MOST_EXPERTS)
     top_k = r.size("num_experts_per_tok", top_k)
-    coef = float(r.get("router_aux_loss_coef", coef))
+    coef = r.number("router_aux_loss_coef", coef, least=0.0)
     r.only("clip_qkv", why="clipping of queries, keys and values is not supported")
     if family == "mixtral":
         r.only("router_jitter_noise", 0, why="noise on the router's input is not supported; set it to 0")
@@ -256,7 +302,7 @@ def _experts(r: Reader, family: str) -> MoEConfig | None:
     else:
         width = r.size("intermediate_size")
     shared = r.size("shared_expert_intermediate_size", 5632) if family == "qwen2_moe" else None
-    renormalize = True if family == "mixtral" else bool(r.get("norm_topk_prob", False))
+    renormalize = True if family == "mixtral" else r.flag("norm_topk_prob", False)
     if top_k > experts:
         r.problems.append(f"num_experts_per_tok {top_k}: there are {experts} experts")
         return None
@@ -268,72 +314,3 @@ def _experts(r: Reader, family: str) -> MoEConfig | None:
         renormalize=renormalize,
         shared_ffn_dim=shared,
     )
-
-
-def _gpt2(r: Reader) -> dict[str, Any]:
-    for key in ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "n_ctx",
-                "summary_first_dropout", "reorder_and_upcast_attn"):  # fmt: skip
-        r.asked.add(key)  # of other heads, or the same mathematics in another order
-    r.only("scale_attn_weights", True, why="attention is always scaled here")
-    r.only("scale_attn_by_inverse_layer_idx", False, why="not supported")
-    r.only("add_cross_attention", False, why="not supported")
-    dim = r.size("n_embd", 768)
-    act = r.get("activation_function", "gelu_new")
-    if act not in _GELU:
-        r.problems.append(f"activation_function {act!r}: one of {', '.join(_GELU)} is supported")
-    return _classic(dim, r.size("n_layer", 12), r.size("n_head", 12)) | {
-        "ffn_dim": r.size("n_inner", 4 * dim),
-        "norm_eps": float(r.get("layer_norm_epsilon", 1e-5)),
-        "activation": _GELU.get(act, "gelu"),
-        "positions": "learned",
-        "max_seq_len": r.size("n_positions", 1024),
-        "tie_embeddings": bool(r.get("tie_word_embeddings", True)),
-        "dropout": r.dropout("resid_pdrop", "embd_pdrop", "attn_pdrop") if "resid_pdrop" in r.hf else 0.0,
-    }
-
-
-def _bloom(r: Reader) -> dict[str, Any]:
-    for key in ("slow_but_exact", "attention_softmax_in_fp32", "masked_softmax_fusion", "bias_dropout_fusion",
-                "offset_alibi", "skip_bias_add", "skip_bias_add_qkv", "unk_token_id"):  # fmt: skip
-        r.asked.add(key)  # the same mathematics in another order, or leftovers of the training software
-    r.only("apply_residual_connection_post_layernorm", False, why="only pre-norm blocks are supported")
-    heads = r.get("num_attention_heads", 8)
-    dim = r.size("hidden_size", r.size("n_embed", 64))
-    return _classic(dim, r.size("n_layer", r.get("num_hidden_layers", 2)), r.size("n_head", heads)) | {
-        "ffn_dim": 4 * dim,
-        "norm_eps": float(r.get("layer_norm_epsilon", 1e-5)),
-        "activation": "gelu_tanh",
-        "positions": "alibi",
-        "embedding_norm": True,
-        "max_seq_len": r.get("seq_length"),
-        "tie_embeddings": bool(r.get("tie_word_embeddings", True)),
-        "dropout": r.dropout("hidden_dropout", "attention_dropout"),
-    }
-
-
-def _classic(dim: int, layers: int, heads: int) -> dict[str, Any]:
-    return {"dim": dim, "num_layers": layers, "num_heads": heads, "norm": "layer", "qkv_bias": True, "bias": True}
-
-
-def _qwen1(r: Reader) -> dict[str, Any]:
-    """Qwen-1: its dynamic NTK and log-n scaling begin beyond ``seq_length`` only, which becomes the longest text."""
-    r.asked |= _QWEN1_ELSEWHERE
-    r.only("no_bias", True, why="biases beside those of queries, keys and values are not supported")
-    r.only("rotary_pct", 1, why="only full rotary positions (1.0) are supported")
-    r.only("scale_attn_weights", True, why="attention is always scaled here")
-    heads, dim = r.size("num_attention_heads"), r.size("hidden_size")
-    width = r.get("kv_channels", dim // heads)
-    if width * heads != dim:
-        r.problems.append(f"kv_channels {width}: hidden_size / num_attention_heads is {dim // heads}")
-    return {
-        "dim": dim,
-        "num_layers": r.size("num_hidden_layers"),
-        "num_heads": heads,
-        "ffn_dim": r.size("intermediate_size") // 2,
-        "norm_eps": float(r.get("layer_norm_epsilon", 1e-6)),
-        "rope_theta": float(r.get("rotary_emb_base", 1e4)),
-        "max_seq_len": r.size("seq_length", 2048),
-        "qkv_bias": True,
-        "tie_embeddings": bool(r.get("tie_word_embeddings", False)),
-        "dropout": r.dropout("attn_dropout_prob", "emb_dropout_prob"),
-    }

@@ -97,5 +97,5 @@ def _router_name(name: str, reader: Reader) -> str | None:
     if not owner:
         return None
     part = owner.removeprefix("experts.").removesuffix("_proj")
-    fused = "gate_up" if part in ("gate", "up") and reader.config.activation == "swiglu" else part
+    fused = "gate_up" if part in ("gate", "up") and reader.config.maps_in == 2 else part
     return f"{block}.mlp.{fused}.lora.{part}.router.{kind}"

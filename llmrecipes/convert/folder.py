@@ -12,11 +12,11 @@ import yaml
 from torch import Tensor
 
 from llmrecipes.checkpoint import read_info, weight_folders
-from llmrecipes.convert.config_in import config_from_hf
+from llmrecipes.convert.config_in import read_config
 from llmrecipes.convert.consolidate import find_checkpoint
 from llmrecipes.convert.names import Part, has_no_twin, our_shapes
 from llmrecipes.convert.weight_files import WeightFiles
-from llmrecipes.convert.weights import find_parts, join
+from llmrecipes.convert.weights import find_parts, join, refuse_impossible
 from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder
 from llmrecipes.recipe.model_config import ModelConfig
@@ -51,6 +51,8 @@ class Source:
         generation: the parsed generation_config.json; {} when there is none.
         max_seq_len: longest text it was trained for, when known.
         shards: prefixes of the token shards it was trained on, when known.
+        left_out: keys of config.json that change no logits and are not known here.
+        template: chat template that it was fine-tuned with, where that is not the tokenizer's own: a name or a file.
     """
 
     folder: Path
@@ -62,11 +64,13 @@ class Source:
     generation: dict[str, Any] = field(default_factory=dict)
     max_seq_len: int | None = None
     shards: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    template: str | None = None
 
     @property
     def hf_names(self) -> str | None:
-        """The family whose names the files have, where it is not the one that the decoder is exported as."""
-        return "qwen" if self.hf.get("model_type") == "qwen" else None
+        """The family whose names the files have: not always the one that the decoder is exported as."""
+        return self.hf.get("model_type")
 
 
 class LoadedModel(NamedTuple):
@@ -78,6 +82,7 @@ class LoadedModel(NamedTuple):
         eos_ids: ids that end a text, of generation_config.json or config.json; [] when unknown.
         max_seq_len: longest text it was trained for, when known.
         vocab_rows: ids that exist; None = all that the decoder gives logits for.
+        template: chat template that it was fine-tuned with, where that is not the tokenizer's own.
     """
 
     config: ModelConfig
@@ -86,6 +91,7 @@ class LoadedModel(NamedTuple):
     eos_ids: list[int]
     max_seq_len: int | None
     vocab_rows: int | None
+    template: str | None = None
 
 
 def read_model(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadedModel:
@@ -103,7 +109,7 @@ def read_model(folder: str | Path, dtype: torch.dtype | None = None, device: tor
     ends = source.generation.get("eos_token_id", source.hf.get("eos_token_id"))
     eos_ids = [] if ends is None else [int(i) for i in (ends if isinstance(ends, list) else [ends])]
     model = load_decoder(source, dtype).to(device)
-    return LoadedModel(source.config, model, source.tokenizer, eos_ids, source.max_seq_len, None)
+    return LoadedModel(source.config, model, source.tokenizer, eos_ids, source.max_seq_len, None, source.template)
 
 
 def open_source(path: Path) -> Source:
@@ -123,11 +129,12 @@ def open_source(path: Path) -> Source:
 
 def _hugging_face(path: Path) -> Source:
     hf = json_file(path / "config.json")
-    config = config_from_hf(hf)
+    config, left_out = read_config(hf)
     return Source(
         path,
         config,
         WeightFiles(path),
+        left_out=left_out,
         hugging_face=True,
         hf=hf,
         tokenizer=path if _has_tokenizer(path) else None,
@@ -162,6 +169,7 @@ def _from_recipe(source: Source, recipe: dict[str, Any]) -> Source:
     tokenizer = data.get("tokenizer")
     if isinstance(tokenizer, str) and _has_tokenizer(Path(tokenizer)):
         source.tokenizer = Path(tokenizer)
+    source.template = data.get("template")
     source.shards = list(data["train"]) if isinstance(data.get("train"), dict) else []
     source.max_seq_len = source.config.max_seq_len or data.get("seq_len")
     return source
@@ -204,6 +212,8 @@ class OurTensors:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        if source.hugging_face:
+            refuse_impossible(source.config, source.files.tensors)
         self.shapes = our_shapes(source.config)
         self.found: dict[str, list[tuple[Part, str]]] = {}
         if source.hugging_face:
@@ -263,7 +273,7 @@ def json_file(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a mapping")

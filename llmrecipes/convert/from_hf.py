@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from llmrecipes.checkpoint.durable import write_file
+from llmrecipes.convert.families import READ_ONLY
 from llmrecipes.convert.folder import MODEL_FILE, OurTensors, Source, open_source
 from llmrecipes.convert.tokenizer_files import check_tokenizer, copy_tokenizer, generation_config
 from llmrecipes.convert.verify import verify_logits
@@ -39,6 +40,8 @@ def from_hf(src: str, dst: str, vocab_multiple: int = 1, max_shard_gb: float = 5
     tokenizer = check_tokenizer(source, source.tokenizer) if source.tokenizer else None
     total = sum(tensor.bytes for tensor in planned)
     print(f"{src}: {source.hf['model_type']}, {source.config.num_params:,} parameters, {total / 1e9:.2f} GB")
+    if source.left_out:
+        print(f"config.json: left out, because it changes no logits: {', '.join(source.left_out)}")
     with new_folder(target, total) as folder:
         write_tensors(folder, planned, int(max_shard_gb * 1e9))
         write_model_folder(folder, target, source, tokenizer)
@@ -53,7 +56,7 @@ def how_to_train(target: Path) -> str:
 
 
 def _compare(folder: Path, src: Path, source: Source) -> str:
-    if source.hf_names is not None:
+    if source.hf_names in READ_ONLY:
         return f"NOT compared with transformers, which has no code for {source.hf_names} of its own"
     return f"logits equal transformers' to {verify_logits(open_source(folder), src):.1e}"
 

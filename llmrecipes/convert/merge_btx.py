@@ -128,7 +128,7 @@ def plan(config: ModelConfig, around: Reader, experts: list[Reader], seed: int) 
 def expert_rows(dense_config: ModelConfig, name: str, block: str) -> tuple[str, slice]:
     """Of which dense tensor, and which of its rows, a stack of experts is made."""
     ffn = dense_config.ffn_dim or 0
-    inner = "gate_up" if dense_config.activation == "swiglu" else "up"
+    inner = "gate_up" if dense_config.maps_in == 2 else "up"
     kind = name.partition(".mlp.experts.")[2].removesuffix(".weight")
     if kind == "down_proj":
         return f"{block}.mlp.down.weight", slice(None)

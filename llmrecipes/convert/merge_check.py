@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmrecipes.convert.folder import Source
 from llmrecipes.convert.readers import Reader, build
-from llmrecipes.convert.verify import in_fp32, near_ties, random_tokens, tolerance
+from llmrecipes.convert.verify import near_ties, random_tokens, tolerance, widened
 from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder
 from llmrecipes.models.router import Router
@@ -41,7 +41,7 @@ def forced(decoder: Decoder, expert: int) -> Iterator[None]:
 @torch.inference_mode()
 def logits(decoder: Decoder, tokens: Tensor, expert: int | None = None) -> Tensor:
     """In fp32, [B, T, vocab_size], with the routers held to ``expert`` where one is named."""
-    with in_fp32(decoder):
+    with widened(decoder):
         if expert is None:
             hidden = decoder(tokens).hidden
         else:
@@ -78,7 +78,7 @@ def check_same(before: Reader, after: Reader, around: Source) -> float:
     """
     tokens = random_tokens(around)
     decoder = build(before)
-    with torch.inference_mode(), in_fp32(decoder), near_ties(decoder, tokens) as undecided:
+    with torch.inference_mode(), widened(decoder), near_ties(decoder, tokens) as undecided:
         decoder(tokens)
     expected = logits(decoder, tokens)
     del decoder

@@ -135,7 +135,7 @@ def _branch_name(name: str, branch: Reader) -> str:
     if name in branch.shapes:
         return name
     block, _, part = name.partition(".mlp.lora.")
-    fused = {"gate": "gate_up", "up": "gate_up", "down": "down"} if branch.config.activation == "swiglu" else {}
+    fused = {"gate": "gate_up", "up": "gate_up", "down": "down"} if branch.config.maps_in == 2 else {}
     return f"{block}.mlp.{fused.get(part.partition('.')[0], part.partition('.')[0])}.lora.{part}"
 
 

@@ -29,7 +29,7 @@ class Part:
         expert: index in the first dimension of ours; None = there are no experts, or all.
         begin, end: rows of ours; None = to the last.
         layout: how the rows stand in theirs: the ``same``; ``transposed`` (GPT-2's ``Conv1D``); or ``by_head``
-            (BLOOM: query, key and value of the first head, then of the second, ...).
+            (BLOOM, GPT-NeoX: query, key and value of the first head, then of the second, ...).
         heads: of ``by_head``.
     """
 
@@ -78,8 +78,8 @@ def parts(config: ModelConfig, source: str | None = None, fused: bool = False) -
 
     Args:
         config: the decoder.
-        source: ``qwen`` for the names of Qwen-1; None = those of the family that `hf_family` finds.
-        fused: experts under the names of the module in memory (transformers 5), not of files.
+        source: the family whose names are meant; None = the one that `hf_family` finds.
+        fused: names of the module in memory (transformers 5), not of files: experts stacked, one name for every head.
     """
     family = source or hf_family(config)
     if family == "gpt2":
@@ -88,6 +88,8 @@ def parts(config: ModelConfig, source: str | None = None, fused: bool = False) -
         return list(_bloom(config))
     if family == "qwen":
         return list(_qwen1(config))
+    if family == "gpt_neox":
+        return list(_gpt_neox(config, fused))
     return list(_llama_like(config, family, fused))
 
 
@@ -107,36 +109,66 @@ def _norm(ours: str, theirs: str, bias: bool = False) -> Iterator[Part]:
         yield Part(f"{theirs}.{kind}", f"{ours}.{kind}")
 
 
-def _outside(config: ModelConfig, embedding: str, norm: str, bias: bool = False) -> Iterator[Part]:
+def _outside(
+    config: ModelConfig, embedding: str, norm: str, bias: bool = False, head: str = "lm_head"
+) -> Iterator[Part]:
     """Embedding, last norm and head; rows that only pad the vocabulary have no twin."""
     yield Part(f"{embedding}.weight", "embed.weight", end=config.vocab_size)
     yield from _norm("norm", norm, bias)
     if not config.tie_embeddings:
-        yield Part("lm_head.weight", "head.weight", end=config.vocab_size)
+        yield Part(f"{head}.weight", "head.weight", end=config.vocab_size)
 
 
 def _llama_like(config: ModelConfig, family: str, fused: bool) -> Iterator[Part]:
-    dim = config.dim
-    q, kv = config.num_heads * config.head_width, config.kv_heads * config.head_width
-    yield from _outside(config, "model.embed_tokens", "model.norm")
+    """Llama and all that keep its names: with other norms (OLMo 2, Gemma 3), or fused as ours (Phi-3)."""
+    bias = config.norm == "layer"
+    yield from _outside(config, "model.embed_tokens", "model.norm", bias)
     for i in range(config.num_layers):
         us, them = f"layers.{i}", f"model.layers.{i}"
-        yield from _norm(f"{us}.attention_norm", f"{them}.input_layernorm")
-        yield from _norm(f"{us}.mlp_norm", f"{them}.post_attention_layernorm")
-        projections = tuple(f"{them}.self_attn.{x}_proj" for x in "qkv")
-        yield from _linear(f"{us}.attention.qkv", projections, (q, kv, kv), config.qkv_bias)
-        yield from _linear(f"{us}.attention.out", (f"{them}.self_attn.o_proj",), (dim,), config.has_out_bias)
-        if config.qk_norm:
-            yield from _norm(f"{us}.attention.q_norm", f"{them}.self_attn.q_norm")
-            yield from _norm(f"{us}.attention.k_norm", f"{them}.self_attn.k_norm")
+        for ours, theirs in _block_norms(config):
+            yield from _norm(f"{us}.{ours}", f"{them}.{theirs}", bias)
+        yield from _attention(config, us, them, whole=family == "phi3")
         if config.is_moe_layer(i):
             yield from _experts(config, us, them, family, fused)
-            continue
-        ffn = config.ffn_dim or 0
-        yield from _linear(
-            f"{us}.mlp.gate_up", (f"{them}.mlp.gate_proj", f"{them}.mlp.up_proj"), (ffn, ffn), config.bias
-        )
-        yield from _linear(f"{us}.mlp.down", (f"{them}.mlp.down_proj",), (dim,), config.bias)
+        else:
+            yield from _feed_forward(config, us, them, whole=family == "phi3")
+
+
+def _block_norms(config: ModelConfig) -> list[tuple[str, str]]:
+    if config.norm_position == "post":
+        return [("attention_norm", "post_attention_layernorm"), ("mlp_norm", "post_feedforward_layernorm")]
+    if config.norm_position == "pre":
+        return [("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")]
+    return [
+        ("attention_norm", "input_layernorm"),
+        ("attention_post_norm", "post_attention_layernorm"),
+        ("mlp_norm", "pre_feedforward_layernorm"),
+        ("mlp_post_norm", "post_feedforward_layernorm"),
+    ]
+
+
+def _attention(config: ModelConfig, us: str, them: str, whole: bool) -> Iterator[Part]:
+    q, kv = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    if whole:
+        yield Part(f"{them}.self_attn.qkv_proj.weight", f"{us}.attention.qkv.weight")
+    else:
+        projections = tuple(f"{them}.self_attn.{x}_proj" for x in "qkv")
+        yield from _linear(f"{us}.attention.qkv", projections, (q, kv, kv), config.qkv_bias)
+    yield from _linear(f"{us}.attention.out", (f"{them}.self_attn.o_proj",), (config.dim,), config.has_out_bias)
+    if config.qk_norm:
+        yield from _norm(f"{us}.attention.q_norm", f"{them}.self_attn.q_norm")
+        yield from _norm(f"{us}.attention.k_norm", f"{them}.self_attn.k_norm")
+
+
+def _feed_forward(config: ModelConfig, us: str, them: str, whole: bool) -> Iterator[Part]:
+    ffn = config.ffn_dim or 0
+    if config.maps_in == 1:
+        yield from _linear(f"{us}.mlp.up", (f"{them}.mlp.c_fc",), (ffn,), config.bias)
+        yield from _linear(f"{us}.mlp.down", (f"{them}.mlp.c_proj",), (config.dim,), config.bias)
+        return
+    maps = (f"{them}.mlp.gate_up_proj",) if whole else (f"{them}.mlp.gate_proj", f"{them}.mlp.up_proj")
+    yield from _linear(f"{us}.mlp.gate_up", maps, (2 * ffn,) if whole else (ffn, ffn), config.bias)
+    yield from _linear(f"{us}.mlp.down", (f"{them}.mlp.down_proj",), (config.dim,), config.bias)
 
 
 def _experts(config: ModelConfig, us: str, them: str, family: str, fused: bool) -> Iterator[Part]:
@@ -195,6 +227,22 @@ def _bloom(config: ModelConfig) -> Iterator[Part]:
         ):
             for kind in ("weight", "bias"):
                 yield Part(f"{them}.{theirs}.{kind}", f"{us}.{ours}.{kind}")
+
+
+def _gpt_neox(config: ModelConfig, in_memory: bool) -> Iterator[Part]:
+    head = "lm_head" if in_memory else "embed_out"
+    yield from _outside(config, "gpt_neox.embed_in", "gpt_neox.final_layer_norm", bias=True, head=head)
+    for i in range(config.num_layers):
+        us, them = f"layers.{i}", f"gpt_neox.layers.{i}"
+        yield from _norm(f"{us}.attention_norm", f"{them}.input_layernorm", bias=True)
+        yield from _norm(f"{us}.mlp_norm", f"{them}.post_attention_layernorm", bias=True)
+        qkv = f"{them}.attention.query_key_value"
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            yield Part(f"{qkv}.{kind}", f"{us}.attention.qkv.{kind}", layout="by_head", heads=config.num_heads)
+        size, ffn = (config.dim,), (config.ffn_dim or 0,)
+        yield from _linear(f"{us}.attention.out", (f"{them}.attention.dense",), size, config.has_out_bias)
+        yield from _linear(f"{us}.mlp.up", (f"{them}.mlp.dense_h_to_4h",), ffn, bias=True)
+        yield from _linear(f"{us}.mlp.down", (f"{them}.mlp.dense_4h_to_h",), size, bias=True)
 
 
 def _qwen1(config: ModelConfig) -> Iterator[Part]:

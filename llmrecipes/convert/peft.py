@@ -59,7 +59,7 @@ def peft_names(config: ModelConfig) -> dict[str, str]:
             for a_or_b in "ab":
                 name = f"{_PREFIX}model.layers.{layer}.{theirs}.lora_{a_or_b.upper()}.weight"
                 names[f"{ours}.{a_or_b}"] = name
-    if config.activation != "swiglu":  # up stands alone
+    if config.maps_in != 2:  # up stands alone
         names = {name.replace("mlp.gate_up.", "mlp.up."): theirs for name, theirs in names.items()}
     return names
 

@@ -61,7 +61,7 @@ def to_hf(
         if generation:
             write_json(folder / "generation_config.json", generation)
         if checked is not None and source.tokenizer is not None:
-            copy_tokenizer(source.tokenizer, folder, checked)
+            copy_tokenizer(source.tokenizer, folder, checked, source.template)
         difference = verify_logits(source, folder, wanted)
     print(f"wrote {dst}: logits equal transformers' to {difference:.1e}; {_tokenizer_words(source)}")
 

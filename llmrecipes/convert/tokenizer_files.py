@@ -8,6 +8,7 @@ from typing import Any
 from llmrecipes.checkpoint.durable import write_file
 from llmrecipes.convert.folder import TOKENIZER_FILES, Source
 from llmrecipes.convert.writing import write_json
+from llmrecipes.data.chat_template import find_template
 from llmrecipes.data.manifest import Manifest
 from llmrecipes.data.tokenizer import Tokenizer
 from llmrecipes.errors import UserError
@@ -52,10 +53,10 @@ def generation_config(source: Source, tokenizer: Tokenizer | None) -> dict[str, 
         pad = tokenizer.piece_id("<pad>")
         found |= {key: i for key, i in (("bos_token_id", bos), ("pad_token_id", pad)) if i is not None}
     problems = [
-        f"{key} {one} is not one of the model's {source.config.vocab_size:,} ids: correct generation_config.json"
+        f"{key} {one!r} is not one of the model's {source.config.vocab_size:,} ids: correct generation_config.json"
         for key in _IDS
         for one in (found[key] if isinstance(found.get(key), list) else [found.get(key)])
-        if one is not None and not 0 <= one < source.config.vocab_size
+        if one is not None and (type(one) is not int or not 0 <= one < source.config.vocab_size)
     ]
     if problems:
         raise UserError(*(f"{source.folder}: {problem}" for problem in problems))
@@ -67,13 +68,25 @@ def special_ids(generation: dict[str, Any]) -> dict[str, Any]:
     return {key: generation.get(key) for key in _IDS}
 
 
-def copy_tokenizer(folder: Path, target: Path, tokenizer: Tokenizer) -> None:
-    """Copy the files of a tokenizer; adds what ``AutoTokenizer`` needs to know where nothing says it."""
+def copy_tokenizer(folder: Path, target: Path, tokenizer: Tokenizer, template: str | None = None) -> None:
+    """Copy the files of a tokenizer; adds what ``AutoTokenizer`` needs to know where nothing says it.
+
+    Args:
+        folder, target: from where, to where. tokenizer: what is in ``folder``.
+        template: chat template that the model was fine-tuned with, by name or file; None = the tokenizer's own.
+
+    Raises:
+        UserError: there is no such template.
+    """
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             write_file(target / name, [(folder / name).read_bytes()])
     if not (target / "tokenizer_config.json").exists():
         write_json(target / "tokenizer_config.json", _tokenizer_config(tokenizer))
+    if template is not None:
+        found = find_template(folder, template, tokenizer.piece(tokenizer.eos_id))
+        assert found is not None
+        write_file(target / "chat_template.jinja", [found.source.encode()])
 
 
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:

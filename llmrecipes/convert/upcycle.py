@@ -21,7 +21,7 @@ from llmrecipes.convert.folder import OurTensors, Source, load_decoder, open_sou
 from llmrecipes.convert.from_hf import how_to_train, write_model_folder
 from llmrecipes.convert.names import our_shapes
 from llmrecipes.convert.tokenizer_files import check_tokenizer
-from llmrecipes.convert.verify import in_fp32, random_tokens, tolerance
+from llmrecipes.convert.verify import random_tokens, tolerance, widened
 from llmrecipes.convert.writing import Planned, new_folder, write_tensors
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
@@ -222,6 +222,6 @@ def _compare(source: Source, folder: Path, exact: bool) -> float:
 @torch.inference_mode()
 def _logits(source: Source, tokens: Tensor) -> Tensor:
     decoder = load_decoder(source)
-    with in_fp32(decoder):
+    with widened(decoder):
         hidden = decoder(tokens).hidden
     return F.linear(hidden, decoder.head_weight.float())[..., : source.config.vocab_size]

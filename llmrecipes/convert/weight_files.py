@@ -95,7 +95,7 @@ def _stored(folder: Path) -> dict[str, Stored]:
     for path in paths:
         try:
             _add(path, tensors)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a readable safetensors file: {error}") from None
     return tensors
 
@@ -145,8 +145,12 @@ def _listed(folder: Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index}: not a readable index: {error}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: not a readable index: {type(error).__name__}: {error}") from None
+    if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise UserError(f"{index}: {strange[0]!r} is not the name of a file beside it")
+    if not names:
+        raise UserError(f"{index}: it names no file")
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise UserError(*(f"{folder / name} is missing, though {index.name} names it" for name in missing))
     return sorted(folder / name for name in names)

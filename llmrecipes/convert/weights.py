@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -15,7 +15,10 @@ from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig
 
 # Tables and masks that older versions of transformers saved beside the parameters.
-_NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")
+_NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
+
+
+_MOST_PROBLEMS = 20
 
 
 class HasShape(Protocol):
@@ -68,7 +71,7 @@ def from_hf_state_dict(
     Args:
         config: the decoder.
         hf_state: tensors by their names.
-        source: ``qwen`` for Qwen-1; None = the family that `hf_family` finds.
+        source: the family whose names these are; None = the one that `hf_family` finds.
 
     Raises:
         UserError: tensors are missing, left over or of another shape; all are named.
@@ -110,7 +113,7 @@ def find_parts(
     found: dict[str, list[tuple[Part, str]]] = {}
     problems = []
     for part in listed:
-        name = left.pop(part.theirs, None)
+        name = left.pop(_canonical(part.theirs), None)
         if name is None:
             problems.append(f"the checkpoint lacks {part.theirs}")
             continue
@@ -123,14 +126,29 @@ def find_parts(
         left.pop("lm_head.weight", None)
     problems += [f"the checkpoint holds {name}, for which this model has no place" for name in left.values()]
     if problems:
-        raise UserError(*problems)
+        more = len(problems) - _MOST_PROBLEMS
+        raise UserError(*problems[:_MOST_PROBLEMS], *([f"and {more} more like these"] if more > 0 else []))
     return found
+
+
+def refuse_impossible(config: ModelConfig, available: Collection[str]) -> None:
+    """Refuse sizes for which there cannot be tensors enough, before a model of that size is thought of.
+
+    Raises:
+        UserError: more layers or experts than tensors.
+    """
+    experts = (config.moe.num_experts or 0) if config.moe else 0
+    if config.moe and any(name.endswith("experts.gate_up_proj") for name in available):
+        experts = 0
+    for what, number in (("layers", config.num_layers), ("experts", experts)):
+        if number > len(available):
+            raise UserError(f"config.json: {number:,} {what}, but the files hold {len(available):,} tensors only")
 
 
 def _canonical(name: str) -> str:
     if re.match(r"(h\.\d+|wte|wpe|ln_f|word_embeddings|word_embeddings_layernorm)\.", name):
         return f"transformer.{name}"
-    return name
+    return "lm_head.weight" if name == "embed_out.weight" else name  # GPT-NeoX in files, and in transformers 5
 
 
 def _their_shape(part: Part, ours: torch.Size) -> torch.Size:

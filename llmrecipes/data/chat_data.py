@@ -113,6 +113,7 @@ class ConversationData(StepData):
         self.split = split
         self.cache = Path(cache)
         self._encoded: dict[str, Encoded] = {}
+        self._keys: dict[str, str] = {}
         self._buffers = Buffers()
 
     def read(self, path: str, encoder: ChatEncoder, counts: Counts) -> Iterator[list[Example] | None]:
@@ -176,7 +177,7 @@ class ConversationData(StepData):
         return found
 
     def _load(self, path: str) -> Encoded:
-        key = self._key(path)
+        key = self._keys[path] = self._key(path)
         file = self.cache / f"{Path(path).stem}-{key[:16]}.npz"
         if not file.is_file():
             encoded = self._encode(path)
@@ -271,7 +272,9 @@ class ConversationData(StepData):
     def fingerprint(self) -> dict[str, Any]:
         """All that decides which tokens step s sees; a checkpoint keeps it and a resume compares it."""
         return {
-            "train": [{"name": Path(p).name, "weight": w, "content": self._key(p)[:16]} for p, w in self.train.items()],
+            "train": [
+                {"name": Path(p).name, "weight": w, "content": self._keys[p][:16]} for p, w in self.train.items()
+            ],
             "seed": self.seed,
             "seq_len": self.seq_len,
             "global_batch": self.global_batch,

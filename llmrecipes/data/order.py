@@ -18,6 +18,7 @@ _BITS = 62
 _MODULUS = 1 << _BITS
 _STEP = 2850178704830799621  # floor((sqrt(5) - 1) / 2 * 2^62), odd: the worst-approximable, hence most even, step
 _ROUNDS = 6
+_BLOCK = 256  # samples that are placed together: a call for 8 takes as long as one for 256, because numpy's calls do
 
 
 def derive_key(*parts: int) -> int:
@@ -104,6 +105,7 @@ class Order:
         self._edges = [*edges, _MODULUS]
         self._offset = derive_key(seed, -1) % _MODULUS
         self._permutations: dict[tuple[int, int], Permutation] = {}
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def counts_before(self, k: int) -> list[int]:
         """Samples of each source among the global samples 0 .. k - 1; exact."""
@@ -117,7 +119,27 @@ class Order:
         return np.diff([0, *below, k]).tolist()
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and windows of the global samples start .. stop - 1, both int64 [stop - start]."""
+        """Sources and windows of the global samples start .. stop - 1, both int64 [stop - start]; not to be written."""
+        if stop - start >= _BLOCK:
+            return self._place(start, stop)
+        number, offset = divmod(start, _BLOCK)
+        size = stop - start
+        source, window = self._block(number)
+        if offset + size > _BLOCK:
+            more = self._block(number + 1)
+            source, window = np.concatenate([source, more[0]]), np.concatenate([window, more[1]])
+        return source[offset : offset + size], window[offset : offset + size]
+
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if number not in self._blocks:
+            if len(self._blocks) > 1:  # a step reads on from where the last one ended
+                self._blocks.clear()
+            self._blocks[number] = self._place(number * _BLOCK, (number + 1) * _BLOCK)
+            for array in self._blocks[number]:
+                array.flags.writeable = False
+        return self._blocks[number]
+
+    def _place(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         source = self._sources(start, stop)
         window = np.empty(stop - start, dtype=np.int64)
         for s, before in enumerate(self.counts_before(start)):

@@ -181,8 +181,9 @@ class PackedShards(StepData):
         shape = (len(source), self.seq_len)
         tokens, labels = self._buffers.take(shape), self._buffers.take(shape)
         lengths: list[list[int]] = [[] for _ in range(len(source))]
-        for s in np.unique(source).tolist():
-            rows = np.flatnonzero(source == s)
+        alone = len(sources) == 1
+        for s in [0] if alone else np.unique(source).tolist():
+            rows = np.arange(len(source)) if alone else np.flatnonzero(source == s)
             largest = sources[s].fill(window[rows], rows, tokens, labels)
             if not 0 <= largest < self.vocab_size:
                 raise UserError(

@@ -198,6 +198,7 @@ class IndexedShard:
         self.num_documents = num_marks - 1
         self._check_ends(num_sequences)
         self._tokens = np.frombuffer(_map(self.bin_path), dtype=self.dtype)
+        self._all_windows = np.empty((0, 0), dtype=self.dtype)
 
     def _read_header(self, index: mmap.mmap) -> tuple[int, int, np.dtype]:
         path = self.idx_path
@@ -320,10 +321,12 @@ class IndexedShard:
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Copies ``length`` ids from each position: [N] to [N, length] in the shard's dtype."""
-        assert len(starts) == 0 or (starts.min() >= 0 and starts.max() + length <= self.num_tokens)
-        step = self.dtype.itemsize
-        shape = (self.num_tokens - length + 1, length)
-        return np.lib.stride_tricks.as_strided(self._tokens, shape, (step, step), writeable=False)[starts]
+        assert len(starts) == 0 or starts.min() >= 0  # numpy itself refuses what is beyond the end
+        if self._all_windows.shape[1] != length:  # making the view takes longer than reading some rows through it
+            step = self.dtype.itemsize
+            shape = (self.num_tokens - length + 1, length)
+            self._all_windows = np.lib.stride_tricks.as_strided(self._tokens, shape, (step, step), writeable=False)
+        return self._all_windows[starts]
 
 
 def _gather(rows: np.ndarray, index: np.ndarray, dtype: str) -> np.ndarray:

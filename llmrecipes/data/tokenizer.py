@@ -64,7 +64,7 @@ class Tokenizer:
         if self._pieces is not None:
             return int(self._pieces.get_piece_size())
         # An added piece may sit beyond a gap: the highest id counts, not the number of pieces.
-        return 1 + max(self._fast.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @cached_property
     def eos_id(self) -> int:

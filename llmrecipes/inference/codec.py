@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmrecipes.data import Tokenizer
+from llmrecipes.data.chat_template import find_template
 from llmrecipes.errors import UserError
 from llmrecipes.inference.prompts import Message
 
@@ -43,12 +44,17 @@ class Codec(Protocol):
 class PlainCodec:
     """The tokenizer of a training run: ids exactly as in the token shards, no special pieces around a text.
 
+    Args:
+        folder: of the tokenizer.
+        template: chat template by name or file; None = the one beside the tokenizer.
+
     Raises:
         UserError: the folder holds no tokenizer.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: str | None = None) -> None:
         self.folder = folder
+        self._template = template
         self._tokenizer = Tokenizer(folder)
         self.vocab_size = self._tokenizer.vocab_size
 
@@ -72,10 +78,11 @@ class PlainCodec:
         return self._tokenizer.decode(ids)
 
     def chat(self, messages: list[Message]) -> list[int]:
-        """See :class:`Codec`; the template lies beside the tokenizer, in Hugging Face's form."""
-        if not (self.folder / "tokenizer_config.json").is_file():
+        """See :class:`Codec`: the ids that fine-tuning trains on."""
+        found = find_template(self.folder, self._template, self._tokenizer.piece(self._tokenizer.eos_id))
+        if found is None:
             raise _no_template(self.folder)
-        return self.encode(apply_template(_hugging_face(self.folder), self.folder, messages))
+        return self._tokenizer.encode_marked(found.text(messages, reply=True))
 
 
 class HFCodec:
@@ -85,8 +92,9 @@ class HFCodec:
         UserError: the folder holds no tokenizer that transformers reads.
     """
 
-    def __init__(self, folder: Path, eos_ids: Sequence[int] = ()) -> None:
+    def __init__(self, folder: Path, eos_ids: Sequence[int] = (), template: str | None = None) -> None:
         self.folder = folder
+        self._template = template
         self._tokenizer = _hugging_face(folder)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         own = self._tokenizer.eos_token_id
@@ -112,7 +120,12 @@ class HFCodec:
 
     def chat(self, messages: list[Message]) -> list[int]:
         """See :class:`Codec`."""
-        text = apply_template(self._tokenizer, self.folder, messages)
+        if self._template is None:
+            text = apply_template(self._tokenizer, self.folder, messages)
+        else:
+            named = find_template(self.folder, self._template, self._tokenizer.eos_token)
+            assert named is not None
+            text = named.text(messages, reply=True)
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -130,7 +143,7 @@ def _hugging_face(folder: Path) -> Any:
 def _no_template(folder: Path) -> UserError:
     return UserError(
         f"--chat: {folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
-        "leave --chat out, or name a tokenizer that has one with --tokenizer"
+        "leave --chat out, name one with --template, or a tokenizer that has one with --tokenizer"
     )
 
 
@@ -148,7 +161,7 @@ def apply_template(tokenizer: Any, folder: Path, messages: list[Message]) -> str
         raise UserError(f"--chat: the chat template of {folder} refuses these messages: {error}") from None
 
 
-def open_codec(folder: Path, hugging_face: bool, eos_ids: Sequence[int] = ()) -> Codec:
+def open_codec(folder: Path, hugging_face: bool, eos_ids: Sequence[int] = (), template: str | None = None) -> Codec:
     """The tokenizer in ``folder``.
 
     Args:
@@ -156,5 +169,6 @@ def open_codec(folder: Path, hugging_face: bool, eos_ids: Sequence[int] = ()) ->
         hugging_face: the model came with it in one folder: special pieces as transformers puts them around a text;
             otherwise none, as in training.
         eos_ids: what the model says ends a text; empty = what the tokenizer says.
+        template: chat template by name or file; None = the one beside the tokenizer.
     """
-    return HFCodec(folder, eos_ids) if hugging_face else PlainCodec(folder)
+    return HFCodec(folder, eos_ids, template) if hugging_face else PlainCodec(folder, template)

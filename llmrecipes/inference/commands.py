@@ -53,6 +53,7 @@ def generate(words: list[str]) -> int:
     add("--json", action="store_true", help="one JSON object a prompt")
     _common(parser)
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where the model's folder does not say")
+    add("--template", metavar="NAME", help="chat template: a jinja file, instruction_ja, alpaca or chatml")
     args = parser.parse_args(words)
     _threads()
     from llmrecipes.inference.generate_command import run

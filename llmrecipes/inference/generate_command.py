@@ -79,7 +79,7 @@ def run(args: Namespace) -> int:
     prompts = collect(args.prompt, args.prompts, args.field, args.chat, args.system)
     if not prompts and not args.chat:
         prompts = [_from_stdin()]
-    opened = open_model(args.model, args.dtype, args.tokenizer)
+    opened = open_model(args.model, args.dtype, args.tokenizer, args.template)
     if not prompts:
         from llmrecipes.inference.chat import talk
 

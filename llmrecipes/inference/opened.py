@@ -25,7 +25,7 @@ class Opened:
         codec: its tokenizer.
         vocab_size: ids that the tokenizer knows; later rows of the output layer only pad it and are never chosen.
         max_seq_len: longest text the model was made for, or None where nothing says so.
-        hard_limit: whether a longer text is impossible (learned positions), not merely unwise.
+        hard_limit: whether a longer text is impossible (learned positions, some stretched ones), not merely unwise.
     """
 
     name: str
@@ -36,13 +36,14 @@ class Opened:
     hard_limit: bool
 
 
-def open_model(folder: str, dtype: str = "fp32", tokenizer: str | None = None) -> Opened:
+def open_model(folder: str, dtype: str = "fp32", tokenizer: str | None = None, template: str | None = None) -> Opened:
     """Load a model.
 
     Args:
         folder: a run folder, a checkpoint, what ``llmrecipes convert`` wrote, or a Hugging Face folder.
         dtype: ``fp32`` or ``bf16``: of weights and arithmetic.
         tokenizer: folder of another tokenizer than the model's own.
+        template: another chat template than the one it was trained with: a name or a file.
 
     Raises:
         UserError: the folder is none of these, or there is no tokenizer for it, or it does not fit.
@@ -56,16 +57,17 @@ def open_model(folder: str, dtype: str = "fp32", tokenizer: str | None = None) -
     place = place.parent if place.is_file() else place
     if not place.is_dir():
         raise UserError(f"--tokenizer {place}: no such folder")
-    codec = open_codec(place, _hugging_face(Path(folder), place, tokenizer is not None), loaded.eos_ids)
+    hugging_face = _hugging_face(Path(folder), place, tokenizer is not None)
+    codec = open_codec(place, hugging_face, loaded.eos_ids, template or loaded.template)
     rows = min(loaded.config.vocab_size, loaded.vocab_rows or loaded.config.vocab_size)
     if codec.vocab_size > loaded.config.vocab_size:
         raise UserError(
             f"{place}: a tokenizer of {codec.vocab_size} pieces, but {folder} has embeddings for "
             f"{loaded.config.vocab_size} only; this is not the tokenizer it was trained with"
         )
-    learned = loaded.config.positions == "learned"
-    limit = loaded.config.max_seq_len if learned else loaded.max_seq_len or loaded.config.max_seq_len
-    return Opened(folder, loaded.model.eval(), codec, min(rows, codec.vocab_size), limit, learned)
+    hard = loaded.config.longest_text
+    limit = hard or loaded.max_seq_len or loaded.config.max_seq_len
+    return Opened(folder, loaded.model.eval(), codec, min(rows, codec.vocab_size), limit, hard is not None)
 
 
 def _hugging_face(model: Path, tokenizer: Path, named: bool) -> bool:

@@ -1,6 +1,7 @@
 """The non-linearity of a feed-forward network, with its backward written out.
 
-``gate_up`` is the output of the fused projection: [rows, 2F] for ``swiglu`` (gate first, then up), [rows, F] otherwise.
+``gate_up`` is the output of the fused projection: [rows, 2F] for ``swiglu`` and ``geglu`` (gate first, then up), [rows,
+F] otherwise.
 Written out because its gradient then lands in one tensor without a copy, and the experts need save ``gate_up`` only.
 """
 
@@ -16,19 +17,27 @@ from llmrecipes.recipe.model_config import Activation
 
 
 def _approximation(kind: Activation) -> str:
-    return "tanh" if kind == "gelu_tanh" else "none"
+    return "none" if kind == "gelu" else "tanh"
 
 
 def activate(gate_up: Tensor, kind: Activation) -> Tensor:
-    """The hidden features [..., F]: ``silu(gate) * up`` (2002.05202), or GELU."""
+    """The hidden features [..., F]: ``silu(gate) * up`` or ``gelu(gate) * up`` (2002.05202), or GELU."""
     if kind == "swiglu":
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+    if kind == "geglu":
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
     return F.gelu(gate_up, approximate=_approximation(kind))
 
 
 def activate_again(grad: Tensor, gate_up: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:
     """The hidden features once more, and the gradient of ``gate_up`` from their gradient: both need silu(gate)."""
+    if kind == "geglu":
+        gate, up = gate_up.chunk(2, dim=-1)
+        squashed = F.gelu(gate, approximate="tanh")
+        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return squashed * up, torch.cat((grad_gate, grad * squashed), dim=-1)
     if kind != "swiglu":
         return activate(gate_up, kind), torch.ops.aten.gelu_backward(grad, gate_up, approximate=_approximation(kind))
     gate, up = gate_up.chunk(2, dim=-1)
@@ -64,7 +73,7 @@ class _SwiGLU(torch.autograd.Function):
 def activation(gate_up: Tensor, kind: Activation) -> Tensor:
     """``activate`` with a gradient; under ``torch.compile`` the plain expression, which it fuses by itself."""
     if kind != "swiglu":
-        return F.gelu(gate_up, approximate=_approximation(kind))
+        return activate(gate_up, kind)
     if torch.compiler.is_compiling():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up

@@ -30,7 +30,8 @@ class Attention(nn.Module):
         widths = (1, 1) if self.norm_per_head else (self.num_heads, self.kv_heads)
         self.q_norm = make_norm(config, widths[0] * self.width) if config.qk_norm else None
         self.k_norm = make_norm(config, widths[1] * self.width) if config.qk_norm else None
-        self.dropout = config.dropout
+        self.dropout, self.scale = config.dropout, config.attention_scale
+        self.rotary, self.window_theta = config.is_rotary_layer(layer), config.uses_window_theta(layer)
 
     def forward(self, x: Tensor, context: SequenceContext, routes: Routes | None = None) -> Tensor:
         """Mix ``x`` [B, T, dim] along T; returns [B, T, dim]. Routers of adapters write down in ``routes``."""
@@ -44,13 +45,20 @@ class Attention(nn.Module):
         value = value.view(rows, length, self.kv_heads, self.width)
         if self.norm_per_head:
             query, key = self._normed(query, key)
-        if context.cos is not None and context.sin is not None:
-            query = apply_rotary(query, context.cos, context.sin)
-            key = apply_rotary(key, context.cos, context.sin)
+        if self.rotary:
+            cos, sin = self._angles(context)
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
-        mixed = attend(query, key, value, context, self.window, self.dropout if self.training else 0.0)
+        mixed = attend(query, key, value, context, self.window, self.dropout if self.training else 0.0, self.scale)
         return apply_linear(self.out, mixed.reshape(rows, length, q_size), routes)
+
+    def _angles(self, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        if self.window_theta:
+            assert context.window_rotary is not None
+            return context.window_rotary
+        assert context.cos is not None and context.sin is not None
+        return context.cos, context.sin
 
     def _normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         if self.q_norm is None or self.k_norm is None:
@@ -59,7 +67,13 @@ class Attention(nn.Module):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: SequenceContext,
+    window: int | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention inside each document, by the fastest kernel that fits.
 
@@ -68,13 +82,14 @@ def attend(
         context: borders of the documents, ALiBi bias, mask of the sliding window.
         window: tokens that a token sees, itself included; None = all before it.
         dropout: probability of dropping an attention weight.
+        scale: of the scores; None = 1 / sqrt(width).
 
     Returns:
         [B, T, heads, width].
     """
     if context.lengths is None:
-        return _attend_rows(query, key, value, _mask(context, window), dropout)
-    return _attend_documents(query, key, value, context, window, dropout)
+        return _attend_rows(query, key, value, _mask(context, window), dropout, scale)
+    return _attend_documents(query, key, value, context, window, dropout, scale)
 
 
 def _mask(context: SequenceContext, window: int | None) -> Tensor | None:
@@ -89,20 +104,28 @@ def _mask(context: SequenceContext, window: int | None) -> Tensor | None:
 
 @torch.compiler.disable  # the borders change with every batch; compiled code would be rebuilt for each
 def _attend_documents(
-    query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: SequenceContext,
+    window: int | None,
+    dropout: float,
+    scale: float | None,
 ) -> Tensor:
     assert context.lengths is not None
     varlen = context.cu_seqlens is not None and query.dtype in (torch.bfloat16, torch.float16)
     if varlen and context.bias is None and dropout == 0.0:
-        return _attend_varlen(query, key, value, context, window)
+        return _attend_varlen(query, key, value, context, window, scale)
     # One call per document costs far less than one call with a [T, T] mask, and the borders are known on the host.
     mask = _mask(context, window)
     flat = [x.flatten(0, 1).unsqueeze(0).split(context.lengths, dim=1) for x in (query, key, value)]
-    mixed = [_attend_rows(q, k, v, mask, dropout) for q, k, v in zip(*flat, strict=True)]
+    mixed = [_attend_rows(q, k, v, mask, dropout, scale) for q, k, v in zip(*flat, strict=True)]
     return torch.cat(mixed, dim=1).view(query.shape)
 
 
-def _attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float | None
+) -> Tensor:
     """Attention over rows that are one document each; the last query sits on the last key."""
     queries, keys = query.shape[1], key.shape[1]
     if mask is not None:
@@ -117,12 +140,15 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None and queries == keys,
+        scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return mixed.transpose(1, 2)
 
 
-def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None) -> Tensor:
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None, scale: float | None
+) -> Tensor:
     """All documents in one launch of FlashAttention (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -136,6 +162,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, context: SequenceC
         context.cu_seqlens,
         longest,
         longest,
+        scale=scale,
         window_size=(-1 if window is None else window - 1, 0),  # nothing to the right: causal
         enable_gqa=query.shape[2] != key.shape[2],
     )

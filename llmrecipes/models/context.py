@@ -22,6 +22,7 @@ class SequenceContext:
         positions: place of each token in its document, [B, T], or [1, T] when every row is one document from column 0.
         lengths: length of each document, row after row (they sum to B * T); None = one document per row.
         cos, sin: rotary angles, [B|1, T, width / 2], fp32 (fp64 for fp64 models); None without rotary positions.
+        window_rotary: the same for layers with a sliding window, where these have a base of their own.
         bias: ALiBi bias of the longest document, [heads, queries, keys]; None without ALiBi.
         window: what a query of the longest document sees in layers with a sliding window, [queries, keys]; None when
             that is all before it.
@@ -39,6 +40,7 @@ class SequenceContext:
     cu_seqlens: Tensor | None = None
     cache: KVCache | None = None
     visible: Tensor | None = None
+    window_rotary: tuple[Tensor, Tensor] | None = None
 
 
 def _flat_lengths(document_lengths: list[list[int]] | None, rows: int, row_length: int) -> list[int] | None:
@@ -86,14 +88,18 @@ def make_context(
         sizes = torch.tensor(lengths)
         starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
         positions = (torch.arange(rows * row_length) - starts).view(rows, row_length).to(device, non_blocking=True)
-    cos = sin = bias = cu_seqlens = None
+    cos = sin = bias = cu_seqlens = window_rotary = None
     if config.positions == "rope":
-        inverse = inverse_frequencies(config.head_width, config.rope_theta, config.rope_scaling, dtype, device)
-        cos, sin = rotary_table(inverse, positions)
+        scaling, width = config.rope_scaling, config.rotary_width
+        inverse = inverse_frequencies(width, config.rope_theta, scaling, dtype, device)
+        cos, sin = rotary_table(inverse, positions, 1.0 if scaling is None else scaling.amplitude)
+        if config.window_rope_theta is not None:
+            inverse = inverse_frequencies(width, config.window_rope_theta, None, dtype, device)
+            window_rotary = rotary_table(inverse, positions)
     elif config.positions == "alibi":
         bias = alibi_bias(config.num_heads, longest, start, dtype, device)
     window = window_mask(config.sliding_window, longest, start, device)
     if lengths is not None and device.type == "cuda":
         borders = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
         cu_seqlens = borders.to(device, non_blocking=True)
-    return SequenceContext(positions, lengths, cos, sin, bias, window, cu_seqlens, cache, visible)
+    return SequenceContext(positions, lengths, cos, sin, bias, window, cu_seqlens, cache, visible, window_rotary)

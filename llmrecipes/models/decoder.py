@@ -1,4 +1,4 @@
-"""The decoder: one class, of which Llama, Qwen, Mixtral, GPT-2 and BLOOM are configurations."""
+"""The decoder: one class, of which Llama, Qwen, Mixtral, GPT-2, GPT-NeoX and Gemma are configurations."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class DecoderOutput(NamedTuple):
     """The result of a forward pass.
 
     Attributes:
-        hidden: features after the final norm, [B, T, dim]. Logits are ``hidden @ head_weight.T``: large, so never
-            computed unasked.
+        hidden: features after the final norm, divided by ``logit_divisor``, [B, T, dim]. Logits are
+            ``hidden @ head_weight.T``: large, so never computed unasked.
         routing: statistics of each router, in order; empty for a dense model.
     """
 
@@ -40,7 +40,11 @@ def make_mlp(config: ModelConfig, layer: int) -> MLP | MoE | LinearMoE | RoutedM
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each on a normalised copy of the residual stream (pre-norm)."""
+    """Attention and feed-forward network, each on a normalised copy of the residual stream (pre-norm).
+
+    With ``norm_position: post`` what they give is normalised instead, with ``both`` it is too. With
+    ``parallel_residual`` both read the block's input.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -48,22 +52,37 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.dim)
         self.mlp = make_mlp(config, layer)
-        self.dropout = config.dropout
+        both = config.norm_position == "both"
+        self.attention_post_norm = make_norm(config, config.dim) if both else None
+        self.mlp_post_norm = make_norm(config, config.dim) if both else None
+        self.post_only, self.parallel = config.norm_position == "post", config.parallel_residual
+        self.dropout, self.scale = config.dropout, config.residual_scale
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def _branch(self, update: Tensor, norm: nn.Module, post_norm: nn.Module | None) -> Tensor:
+        """What joins the residual stream, of the output of attention or of the feed-forward network."""
+        if self.post_only:
+            update = norm(update)
+        elif post_norm is not None:
+            update = post_norm(update)
+        if self.scale != 1.0:
+            update = update * self.scale
+        return F.dropout(update, self.dropout, self.training) if self.dropout else update
 
     def forward(
         self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None, dropless: bool = False
     ) -> tuple[Tensor, list[Routing]]:
         """Transform ``x`` [B, T, dim]; the second result has an entry per router, none for a dense layer."""
         routes = Routes(token_mask)
-        x = x + self._drop(self.attention(self.attention_norm(x), context, routes))
-        normed = self.mlp_norm(x)
+        update = self.attention(x if self.post_only else self.attention_norm(x), context, routes)
+        mixed = x + self._branch(update, self.attention_norm, self.attention_post_norm)
+        source = x if self.parallel else mixed
+        normed = source if self.post_only else self.mlp_norm(source)
         if isinstance(self.mlp, MoE):
             update, routing = self.mlp(normed, token_mask, dropless)
-            return x + self._drop(update), [*routes.found, routing]
-        return x + self._drop(self.mlp(normed, routes)), routes.found
+            routes.found.append(routing)
+        else:
+            update = self.mlp(normed, routes)
+        return mixed + self._branch(update, self.mlp_norm, self.mlp_post_norm), routes.found
 
 
 class Decoder(nn.Module):
@@ -97,17 +116,24 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # where weights are gathered in half precision: the residual stream stays in fp32 as without
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the type of the weights first, as transformers rounds it: with half precision it matters.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=self.embed.weight.dtype).item()
+        if self.config.longest_text is not None:
+            self._refuse_longer(context, self.config.longest_text)
         if self.position_embed is not None:
-            longest = self.position_embed.num_embeddings
-            last = max(context.lengths) if context.lengths else context.positions.shape[1]
-            if context.cache is not None:
-                last += context.cache.length
-                last -= 0 if context.cache.padding is None else int(context.cache.padding.min())
-            assert last <= longest, f"a document of {last} tokens, but positions are learned for {longest} only"
             x = x + self.position_embed(context.positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _refuse_longer(self, context: SequenceContext, longest: int) -> None:
+        last = max(context.lengths) if context.lengths else context.positions.shape[1]
+        if context.cache is not None:
+            last += context.cache.length
+            last -= 0 if context.cache.padding is None else int(context.cache.padding.min())
+        kind = "learned" if self.position_embed is not None else "known"
+        assert last <= longest, f"a document of {last} tokens, but positions are {kind} for {longest} only"
 
     def forward(
         self,
@@ -138,4 +164,7 @@ class Decoder(nn.Module):
             routings += found
         if cache is not None:
             cache.advance(tokens.shape[1])
-        return DecoderOutput(self.norm(x), routings)
+        hidden = self.norm(x)
+        if self.config.logit_divisor != 1.0:
+            hidden = hidden / self.config.logit_divisor
+        return DecoderOutput(hidden, routings)

@@ -138,7 +138,7 @@ def generate_batch(
         device: that computes; None = where the embedding is (offloaded weights are elsewhere).
     """
     assert all(len(prompt) for prompt in prompts), "generation starts from at least one token"
-    limit = model.config.max_seq_len if model.config.positions == "learned" else None
+    limit = model.config.longest_text
     results = [Continuation() for _ in prompts]
     todo = {}
     for number, prompt in enumerate(prompts):

@@ -52,8 +52,8 @@ def init_weights(model: Decoder, seed: int, only: Collection[str] | None = None)
     Matrices are N(0, weight_std), the maps that write into the residual stream divided by sqrt(2 num_layers) (GPT-2),
     embeddings and head N(0, embedding_std). A of low-rank adapters is uniform in +- 1 / sqrt(columns), their B zero: no
     update at first, as PEFT begins.
-    Norm weights are one, biases and the router's balancing bias zero. Each parameter has its own generator, seeded by
-    crc32(name) ^ seed, and is drawn in fp32 whatever its type.
+    Norm weights are one (zero where one is added to them), biases and the router's balancing bias zero. Each parameter
+    has its own generator, seeded by crc32(name) ^ seed, and is drawn in fp32 whatever its type.
 
     Args:
         model: not on the meta device; plain or sharded.
@@ -66,7 +66,7 @@ def init_weights(model: Decoder, seed: int, only: Collection[str] | None = None)
             continue
         std = _std(name, parameter, config)
         if std is None:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.fill_(0.0 if name.endswith("bias") or config.norm_plus_one else 1.0)
             continue
         if is_adapter(name) and name.endswith(".b"):
             parameter.zero_()

@@ -48,7 +48,7 @@ class LinearExperts(nn.Module):
     def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
         self.kind = config.activation
-        self.gate_proj = ExpertLinear(config.dim, moe.ffn_dim, moe) if config.activation == "swiglu" else None
+        self.gate_proj = ExpertLinear(config.dim, moe.ffn_dim, moe) if config.maps_in == 2 else None
         self.up_proj = ExpertLinear(config.dim, moe.ffn_dim, moe)
         self.down_proj = ExpertLinear(moe.ffn_dim, config.dim, moe)
 

@@ -174,9 +174,9 @@ class RoutedMLP(nn.Module):
         assert config.routing is not None
         self.kind = config.activation
         self.experts: LoraExperts = config.lora.experts
-        self.inner = ("gate", "up") if config.activation == "swiglu" else ("up",)
+        self.inner = ("gate", "up") if config.maps_in == 2 else ("up",)
         projection = nn.Linear(config.dim, len(self.inner) * config.ffn_dim, bias=config.bias)
-        if config.activation == "swiglu":
+        if config.maps_in == 2:
             self.gate_up = projection
         else:
             self.up = projection
@@ -198,7 +198,7 @@ class RoutedMLP(nn.Module):
         top_k, multiple = experts.shape[1], block_rows(flat.new_empty(0, dtype=product_type(flat)))
         # Rows of the null expert come last and have hidden features too: of the base alone.
         everyone = sort_pairs(experts, self.experts.num_choices, null_expert=False, multiple=multiple)
-        hidden = scatter_rows((self.gate_up if self.kind == "swiglu" else self.up)(flat), everyone, top_k)
+        hidden = scatter_rows((self.up if len(self.inner) == 1 else self.gate_up)(flat), everyone, top_k)
         adapted = int(everyone.ends[self.experts.num_experts - 1]) if self.experts.null_expert else len(hidden)
         pairs = everyone._replace(ends=everyone.ends[: self.experts.num_experts])
         if any(name in self.lora for name in self.inner):

@@ -10,7 +10,7 @@ from llmrecipes.recipe.model_config import ModelConfig
 
 
 class MLP(nn.Module):
-    """``down(activation(up(x)))``; for SwiGLU gate and up are one projection ``gate_up`` (rows: gate, then up).
+    """``down(activation(up(x)))``; gated, gate and up are one projection ``gate_up`` (rows: gate, then up).
 
     Args:
         config: the decoder.
@@ -23,7 +23,8 @@ class MLP(nn.Module):
         ffn_dim = config.ffn_dim if ffn_dim is None else ffn_dim
         assert ffn_dim is not None
         self.kind = config.activation
-        if config.activation == "swiglu":
+        self.gated = config.maps_in == 2
+        if self.gated:
             self.gate_up = make_linear(config, layer, config.dim, {"gate": ffn_dim, "up": ffn_dim}, config.bias)
         else:
             self.up = make_linear(config, layer, config.dim, {"up": ffn_dim}, config.bias)
@@ -31,6 +32,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         """Map ``x`` [..., dim] to [..., dim]; routers of adapters write down in ``routes`` what they did."""
-        projection = self.gate_up if self.kind == "swiglu" else self.up
+        projection = self.gate_up if self.gated else self.up
         hidden = activation(apply_linear(projection, x, routes), self.kind)
         return apply_linear(self.down, hidden, routes)

@@ -27,8 +27,7 @@ class Experts(nn.Module):
         super().__init__()
         assert moe.num_experts is not None
         self.kind = config.activation
-        maps_in = 2 if config.activation == "swiglu" else 1
-        self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, maps_in * moe.ffn_dim, config.dim))
+        self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, config.maps_in * moe.ffn_dim, config.dim))
         self.down_proj = nn.Parameter(torch.empty(moe.num_experts, config.dim, moe.ffn_dim))
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)

@@ -125,10 +125,11 @@ class PreferenceModule(PretrainModule):
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         assert isinstance(batch, PreferenceBatch)
         output = self._forward(batch)
-        policy = self._answers(self._label_sums(self.model, output.hidden, batch))
+        sums = self._label_sums(self.model, output.hidden, batch)
+        policy = self._answers(sums)
         lengths = self._answers(torch.tensor(batch.answer_lengths, device=self.device))
         losses, rewards = preference_loss(
-            policy, self._reference(batch), lengths, self.loss_kind, self.beta, self.label_smoothing
+            policy, self._reference(batch, sums.dtype), lengths, self.loss_kind, self.beta, self.label_smoothing
         )
         margins = rewards.chosen - rewards.rejected
         terms = {"loss": LossTerm(losses.sum(), "pairs")}
@@ -143,12 +144,12 @@ class PreferenceModule(PretrainModule):
             terms |= self._router_terms(output.routing)
         return terms
 
-    def _reference(self, batch: PreferenceBatch) -> Answers | None:
+    def _reference(self, batch: PreferenceBatch, dtype: torch.dtype) -> Answers | None:
         if self.loss_kind == "orpo":
             return None
         if self._reference_scores is not None:
             numbers = torch.tensor(batch.pair_numbers, dtype=torch.int64, device=self.device)
-            scores = self._reference_scores.index_select(0, numbers)
+            scores = self._reference_scores.index_select(0, numbers).to(dtype)
             return Answers(scores[:, 0], scores[:, 1])
         return self._answers(self._sums(self._reference_model[0], batch))
 

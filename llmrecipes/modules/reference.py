@@ -22,7 +22,7 @@ def reference_log_probs(
     device: torch.device,
     between: Callable[[], None],
 ) -> Tensor:
-    """Log-probabilities of the chosen and the rejected answer of every pair, [pairs, 2], on all ranks.
+    """Log-probabilities of the chosen and the rejected answer of every pair, [pairs, 2] fp64, on all ranks.
 
     Args:
         data: the pairs; each rank takes its share of the rows, and all run equally many forward passes.
@@ -31,7 +31,8 @@ def reference_log_probs(
         between: called after the last forward pass.
     """
     rows = data.all_rows()
-    scores = torch.zeros(data.num_pairs, 2, dtype=torch.float32, device=device)
+    log.info(f"reference: scoring {data.num_pairs:,} pairs once")
+    scores = torch.zeros(data.num_pairs, 2, dtype=torch.float64, device=device)
     began = shown = time.monotonic()
     unit = data.micro_batch * data.data_ranks
     for first in range(0, len(rows), unit):
@@ -41,7 +42,7 @@ def reference_log_probs(
         batch = data.batch_of(mine or rows[:1]).to(device)
         found = sums(batch)
         if mine:
-            scores[torch.tensor(batch.pair_numbers, device=device)] = found.view(-1, 2).float()
+            scores[torch.tensor(batch.pair_numbers, device=device)] = found.view(-1, 2).double()
         if sys.stderr.isatty() and time.monotonic() - shown > 1:
             shown = time.monotonic()
             done = min(first + unit, len(rows))

@@ -2,7 +2,7 @@
 
 from llmrecipes.recipe.check import check, checked_recipe
 from llmrecipes.recipe.duration import Duration
-from llmrecipes.recipe.fingerprint import diff, fingerprint
+from llmrecipes.recipe.fingerprint import diff, fingerprint, with_later_defaults
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
 from llmrecipes.recipe.problem import Problem
 from llmrecipes.recipe.recipe import Recipe, read_recipe
@@ -21,4 +21,5 @@ __all__ = [
     "diff",
     "fingerprint",
     "read_recipe",
+    "with_later_defaults",
 ]

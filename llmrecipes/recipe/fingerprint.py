@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from typing import Any
+
+from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
 
 # Of the Trainer, only these change what is computed; devices and strategies change who computes it.
 _TRAINER_KEYS = ("max_steps", "precision")
@@ -51,6 +54,25 @@ def diff(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         if before != after:
             lines.append(f"{key}: {before} -> {after}")
     return lines
+
+
+def with_later_defaults(trajectory: dict[str, Any]) -> dict[str, Any]:
+    """A recorded trajectory, with the defaults of options of the model that came after it was recorded.
+
+    An option that a version did not have yet was at its default: a checkpoint of that version is no other recipe's.
+    """
+    model = trajectory.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("config"), dict):
+        return trajectory
+    config = _defaults(ModelConfig) | model["config"]
+    for key, kind in (("moe", MoEConfig), ("rope_scaling", RopeScaling)):
+        if isinstance(config.get(key), dict):
+            config[key] = _defaults(kind) | config[key]
+    return trajectory | {"model": model | {"config": config}}
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
 
 
 def _flatten(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

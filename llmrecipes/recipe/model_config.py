@@ -11,11 +11,14 @@ from llmrecipes.recipe.lora_config import Balance, LoraConfig
 
 Norm = Literal["rms", "layer"]
 Positions = Literal["rope", "alibi", "learned", "none"]
-Activation = Literal["swiglu", "gelu", "gelu_tanh"]
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_tanh"]
+NormPosition = Literal["pre", "post", "both"]
 Score = Literal["softmax", "sigmoid"]
 DropPolicy = Literal["position", "probs", "random"]
 QKNormScope = Literal["head", "all"]
-RopeScalingKind = Literal["llama3", "linear"]
+RopeScalingKind = Literal["llama3", "linear", "yarn", "dynamic", "longrope"]
+
+GATED = ("swiglu", "geglu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +116,18 @@ class RopeScaling:
     """Stretching of the rotary frequencies to longer contexts.
 
     Args:
-        kind: ``llama3`` (Llama 3.1) stretches long wavelengths only, ``linear`` all of them (2306.15595).
+        kind: ``llama3`` (Llama 3.1) stretches long wavelengths only, ``linear`` all of them (2306.15595), ``yarn`` long
+            ones with a ramp, and scales the attention scores (2309.00071). ``dynamic`` (NTK) and ``longrope``
+            (2402.13753) turn by other angles once a text is longer than ``original_max_seq_len``: such texts are
+            refused, because the result would depend on what else is in the batch and on the cache.
         factor: by how much.
-        low_freq_factor, high_freq_factor, original_max_seq_len: where ``llama3`` begins and ends to stretch.
+        low_freq_factor, high_freq_factor: where ``llama3`` begins and ends to stretch.
+        original_max_seq_len: longest text before the stretching.
+        beta_fast, beta_slow: turns within ``original_max_seq_len`` between which the ramp of ``yarn`` lies.
+        truncate: round the ends of that ramp to whole pairs of features.
+        attention_factor: by which ``yarn`` and ``longrope`` multiply queries and keys; ``null`` = as their papers say.
+        short_factor, long_factor: of ``longrope``, one number for each pair of features; ``long_factor`` belongs to
+            longer texts and is only carried along.
     """
 
     kind: RopeScalingKind = "llama3"
@@ -123,6 +135,46 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    short_factor: list[float] | None = None
+    long_factor: list[float] | None = None
+
+    @property
+    def amplitude(self) -> float:
+        """What the rotated features are multiplied by."""
+        if self.kind not in ("yarn", "longrope"):
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor <= 1:
+            return 1.0
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_seq_len))
+
+    @property
+    def longest(self) -> int | None:
+        """Longest text for which the angles are as computed here; None = any."""
+        return self.original_max_seq_len if self.kind in ("dynamic", "longrope") else None
+
+    def problems(self, rotary_width: int) -> list[str]:
+        """What does not fit together, as sentences."""
+        found = []
+        if self.factor <= 0 or self.original_max_seq_len < 2:
+            found.append("rope_scaling needs a factor above 0 and an original_max_seq_len above 1")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            found.append("rope_scaling needs 0 < low_freq_factor < high_freq_factor")
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast:
+            found.append("rope_scaling needs 0 < beta_slow <= beta_fast")
+        if self.kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                factors = getattr(self, name) or []
+                if len(factors) != rotary_width // 2 or min(factors) <= 0:
+                    found.append(f"rope_scaling.{name} needs {rotary_width // 2} numbers above 0")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +191,17 @@ class ModelConfig:
         head_dim: width of a head; ``null`` = ``dim / num_heads``.
         ffn_dim: hidden width of the dense feed-forward network; ``null`` only when every layer is MoE.
         norm: RMSNorm or LayerNorm. norm_eps: its epsilon.
-        activation: ``swiglu`` has gate, up and down; ``gelu`` (exact) and ``gelu_tanh`` have up and down.
+        norm_position: ``pre`` normalises what enters attention and feed-forward network, ``post`` what they give
+            (OLMo 2), ``both`` does both (Gemma 3).
+        norm_plus_one: RMSNorm multiplies by 1 + weight, which starts at zero (Gemma).
+        activation: ``swiglu`` (SiLU) and ``geglu`` (tanh GELU) have gate, up and down; ``gelu`` (exact) and
+            ``gelu_tanh`` have up and down.
+        parallel_residual: attention and feed-forward network read the same input (GPT-NeoX).
         positions: rotary, ALiBi, learned or none.
         rope_theta: base of the rotary frequencies. rope_scaling: their stretching, or ``null``.
+        rotary_fraction: part of each head that is rotated, its first features; the rest has no positions.
+        nope_layers: layers without rotary positions, counted from 0 (SmolLM3).
+        window_rope_theta: base, without stretching, in layers with a sliding window (Gemma 3); ``null`` = the same.
         sliding_window: tokens that a token sees, itself included; ``null`` = all before it.
         window_layers: layers with that window, counted from 0; ``null`` = all.
         max_seq_len: rows of the position table; needed by ``learned`` only.
@@ -150,6 +210,8 @@ class ModelConfig:
         qk_norm: normalise queries and keys. qk_norm_scope: each head (Qwen3), or all heads together (OLMoE).
         tie_embeddings: the head is the embedding.
         embedding_norm: a norm right after the embedding (BLOOM).
+        embedding_scale: the embedding is multiplied by it (Gemma, Granite). residual_scale: so is each residual branch
+            (Granite). attention_scale: of the scores; ``null`` = 1 / sqrt(head width). logit_divisor: of the logits.
         moe: the experts, or ``null`` for a dense model. moe_every: layer i has experts when (i + 1) % moe_every == 0.
         dense_layers: layers without experts all the same, counted from 0.
         lora: low-rank adapters on linear maps, one or many to choose from; ``null`` = none.
@@ -188,6 +250,17 @@ class ModelConfig:
     lora: LoraConfig | None = None
     dropout: float = 0.0
     init_std: float | None = None
+    # Later than the first release: a checkpoint without them has these defaults.
+    norm_position: NormPosition = "pre"
+    norm_plus_one: bool = False
+    parallel_residual: bool = False
+    rotary_fraction: float = 1.0
+    nope_layers: list[int] | None = None
+    window_rope_theta: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         problems = list(self.problems())
@@ -201,8 +274,24 @@ class ModelConfig:
             found.append(f"num_heads {self.num_heads} does not divide dim {self.dim}")
         if self.num_heads % self.kv_heads:
             found.append(f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
-        if self.positions == "rope" and self.head_width % 2:
-            found.append(f"rotary positions need an even head width, not {self.head_width}")
+        if self.positions == "rope" and (self.rotary_width % 2 or not 1 < self.rotary_width <= self.head_width):
+            rotated = "" if self.rotary_fraction == 1 else f" of which rotary_fraction rotates {self.rotary_width}"
+            found.append(f"rotary positions need an even head width, not {self.head_width}{rotated}")
+        elif self.positions == "rope" and self.rope_scaling is not None:
+            found += self.rope_scaling.problems(self.rotary_width)
+        for name in ("nope_layers", "window_rope_theta"):
+            if getattr(self, name) is not None and self.positions != "rope":
+                found.append(f"{name} has no effect without positions: rope")
+        if self.window_rope_theta is not None and self.sliding_window is None:
+            found.append("window_rope_theta has no effect without sliding_window")
+        if self.parallel_residual and self.norm_position != "pre":
+            found.append(f"parallel_residual goes with norm_position: pre, not {self.norm_position}")
+        if self.norm_plus_one and self.norm != "rms":
+            found.append("norm_plus_one goes with norm: rms")
+        for name in ("embedding_scale", "residual_scale", "logit_divisor", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                found.append(f"{name} {value} is not a number above 0")
         if self.ffn_dim is None and any(not self.is_moe_layer(i) for i in range(self.num_layers)):
             found.append("ffn_dim is missing: there are layers without experts")
         found += self._expert_problems()
@@ -212,7 +301,7 @@ class ModelConfig:
             found.append(f"sliding_window {self.sliding_window} is less than 1")
         if self.window_layers is not None and self.sliding_window is None:
             found.append("window_layers has no effect without sliding_window")
-        for name in ("window_layers", "dense_layers"):
+        for name in ("window_layers", "dense_layers", "nope_layers"):
             outside = [layer for layer in getattr(self, name) or [] if not 0 <= layer < self.num_layers]
             if outside:
                 found.append(f"{name} {outside[0]} is not one of the layers 0 to {self.num_layers - 1}")
@@ -262,6 +351,31 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one head."""
         return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Features of a head that are rotated."""
+        return int(self.head_width * self.rotary_fraction)
+
+    def is_rotary_layer(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) rotates queries and keys."""
+        return self.positions == "rope" and layer not in (self.nope_layers or [])
+
+    def uses_window_theta(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) rotates by the frequencies of ``window_rope_theta``."""
+        return self.window_rope_theta is not None and self.window_of(layer) is not None
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens beyond which a text cannot be computed; None = there is no such limit."""
+        if self.positions == "learned":
+            return self.max_seq_len
+        return self.rope_scaling.longest if self.positions == "rope" and self.rope_scaling is not None else None
+
+    @property
+    def maps_in(self) -> int:
+        """Maps from the residual stream into a feed-forward network: gate and up, or up alone."""
+        return 2 if self.activation in GATED else 1
 
     @property
     def weight_std(self) -> float:
@@ -319,7 +433,7 @@ class ModelConfig:
     def router_choices(self) -> list[int]:
         """Experts that each router chooses from, in the order of the forward pass; empty where there is none."""
         if self.moe is not None:
-            maps = 1 if self.moe.router == "per_mlp" else 3 if self.activation == "swiglu" else 2
+            maps = 1 if self.moe.router == "per_mlp" else 3 if self.maps_in == 2 else 2
             return [experts for experts in self.layer_experts for _ in range(maps)]
         if self.lora is None or self.lora.experts is None:
             return []
@@ -336,7 +450,7 @@ class ModelConfig:
         found = {f"self_attn.{name}": widths for name, widths in maps.items()}
         if not self.is_moe_layer(layer):
             ffn = self.ffn_dim or 0
-            found |= {"mlp.gate_proj": (d, ffn)} if self.activation == "swiglu" else {}
+            found |= {"mlp.gate_proj": (d, ffn)} if self.maps_in == 2 else {}
             found |= {"mlp.up_proj": (d, ffn), "mlp.down_proj": (ffn, d)}
         return found
 
@@ -392,8 +506,8 @@ class ModelConfig:
         return weights + biases + sum(map(self._norm_params, widths))
 
     def _ffn_params(self, ffn_dim: int, bias: bool) -> int:
-        maps_in = 2 if self.activation == "swiglu" else 1
-        return (maps_in + 1) * self.dim * ffn_dim + (maps_in * ffn_dim + self.dim if bias else 0)
+        weights = (self.maps_in + 1) * self.dim * ffn_dim
+        return weights + (self.maps_in * ffn_dim + self.dim if bias else 0)
 
     def _moe_params(self, moe: MoEConfig, num_experts: int, counted: int) -> int:
         """Of one layer: the router of all experts, ``counted`` of them, and what stands beside them."""
@@ -411,7 +525,7 @@ class ModelConfig:
             embedding += (self.max_seq_len or 0) * d
         if self.embedding_norm:
             embedding += self._norm_params(d)
-        block = self._attention_params() + 2 * self._norm_params(d)
+        block = self._attention_params() + (4 if self.norm_position == "both" else 2) * self._norm_params(d)
         total = embedding + self._norm_params(d) + self.num_layers * block
         dense_layers = self.num_layers - self.num_moe_layers
         if dense_layers:
@@ -424,7 +538,7 @@ class ModelConfig:
     def _router_params(self, moe: MoEConfig, num_experts: int) -> int:
         if moe.router == "per_mlp":
             return num_experts * self.dim
-        return num_experts * ((2 if self.activation == "swiglu" else 1) * self.dim + moe.ffn_dim)
+        return num_experts * ((2 if self.maps_in == 2 else 1) * self.dim + moe.ffn_dim)
 
     @property
     def num_params(self) -> int:

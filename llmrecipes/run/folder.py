@@ -14,7 +14,7 @@ from typing import IO, Any
 from llmrecipes.callbacks.metrics_file import rewind_metrics
 from llmrecipes.checkpoint import checkpoints, newest_whole, read_info
 from llmrecipes.errors import UserError
-from llmrecipes.recipe import diff
+from llmrecipes.recipe import diff, with_later_defaults
 from llmrecipes.run.lr_changes import ResumeLR, without_rate
 from llmrecipes.run.rollback import finish_rollbacks
 
@@ -89,10 +89,11 @@ def decide_resume(folder: Path, resume: str, trajectory: dict[str, Any], resume_
         log.info(f"starting fresh in {folder}: no checkpoint there")
         return None
     info = read_info(path)
-    _refuse_other_recipe(path, info["progress"]["trajectory"] or {}, trajectory, resume_lr)
+    progress = info["progress"] | {"trajectory": with_later_defaults(info["progress"]["trajectory"] or {})}
+    _refuse_other_recipe(path, progress["trajectory"], trajectory, resume_lr)
     rewind_metrics(folder / "metrics.jsonl", info["step"], path / "metrics.jsonl")
     log.info(f"resuming from {path}: {info['step']} steps, {info['progress']['consumed_tokens']:,} tokens done")
-    return Resume(path, info["step"], info["progress"])
+    return Resume(path, info["step"], progress)
 
 
 def _refuse_other_recipe(path: Path, saved: dict[str, Any], present: dict[str, Any], resume_lr: ResumeLR) -> None:

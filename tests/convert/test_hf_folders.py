@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llmrecipes.convert.commands import main
 from llmrecipes.convert.folder import read_model
@@ -33,7 +33,7 @@ def logits(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_bit_exact(family, tmp_path, capsys):
     """Through files: sharded in, sharded out; transformers loads what we write, with nothing missing or left over."""
-    index = {"qwen3_moe": 3, "mixtral": 1}.get(family, 2)
+    index = {"qwen3_moe": 3, "mixtral": 1, "gpt_neox": 5}.get(family, 2)
     model = peer(family, index)
     source, ours, back = tmp_path / "hf", tmp_path / "ours", tmp_path / "back"
     model.save_pretrained(source, max_shard_size="30KB")
@@ -201,6 +201,27 @@ def test_a_tie_between_experts_is_no_defect_but_a_wrong_expert_is(tmp_path, monk
     monkeypatch.setattr(verify, "near_ties", all_but_the_first)
     with pytest.raises(UserError, match="logits differ from transformers' by inf"):
         main(["to-hf", str(ours), str(tmp_path / "wrong")])
+
+
+def test_a_model_that_fp32_rounds_is_measured_by_that_and_a_defect_still_found(tmp_path, capsys):
+    """Scores of hundreds: a last bit moves what is attended to, in transformers as here."""
+    from llmrecipes.convert.folder import open_source
+    from llmrecipes.convert.verify import verify_logits
+
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(
+        vocab_size=120, hidden_size=48, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=1.0,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    assert "note: fp32 alone rounds this model's logits by up to " in capsys.readouterr().out
+    assert 1e-5 < verify_logits(open_source(tmp_path / "ours"), tmp_path / "hf") < 1e-3
+    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    weights["layers.5.mlp_norm.weight"] += 0.003  # a slip that is felt in the fourth digit
+    save_file(weights, tmp_path / "ours" / "model.safetensors")
+    with pytest.raises(UserError, match="This is a defect of the conversion"):
+        verify_logits(open_source(tmp_path / "ours"), tmp_path / "hf")
 
 
 def test_near_ties_are_found_where_they_are():

@@ -12,11 +12,13 @@ from llmrecipes.convert import config_from_hf, config_to_hf, from_hf_state_dict,
 from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder, ModelConfig, MoEConfig, init_weights
 from llmrecipes.models.attention import Attention
+from llmrecipes.models.decoder import Block
+from llmrecipes.models.layers import RMSNorm
 from llmrecipes.models.mlp import MLP
 from llmrecipes.models.moe import MoE, Router
 
 transformers = pytest.importorskip("transformers")
-from hf_models import FAMILIES, LENGTH, PER_FAMILY, peer, random_config, tokens_for  # noqa: E402
+from hf_models import FAMILIES, LENGTH, PER_FAMILY, WINDOWED, peer, random_config, tokens_for  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -45,7 +47,7 @@ def test_logits_equal_transformers(family):
         seen.add(str(decoder.config))
         windows += decoder.config.sliding_window is not None
     assert len(seen) == PER_FAMILY
-    assert (windows > 0) == (family in ("mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"))
+    assert (windows > 0) == (family in WINDOWED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,12 +69,15 @@ def test_weights_round_trip_bit_for_bit(family):
 def test_transformers_reads_what_we_write(family, tmp_path):
     from safetensors.torch import save_file
 
+    written = set()
     for index in range(PER_FAMILY):
         source = config_from_hf(random_config(family, index).to_dict())
         assert config_from_hf(config_to_hf(source)) == source
+        written.add(config_to_hf(source)["model_type"])
+    assert written == {family} or (family, written) == ("mistral", {"llama", "mistral"})  # without a window
     decoder = Decoder(source)
     init_weights(decoder, 3)
-    FAMILIES[family](**config_to_hf(source)).save_pretrained(tmp_path)
+    FAMILIES[family](**config_to_hf(source), pad_token_id=None).save_pretrained(tmp_path)
     save_file(to_hf_state_dict(source, decoder.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -133,6 +138,76 @@ def other_renormalisation(decoder):
         router.renormalize = not router.renormalize
 
 
+def norms_before(decoder):
+    for block in of(decoder, Block):
+        block.post_only = False
+
+
+def no_norm_after(decoder):
+    for block in of(decoder, Block):
+        block.attention_post_norm = block.mlp_post_norm = None
+
+
+def norm_without_one(decoder):
+    for norm in of(decoder, RMSNorm):
+        norm.plus_one = False
+
+
+def one_after_the_other(decoder):
+    for block in of(decoder, Block):
+        block.parallel = False
+
+
+def rotate_the_last_features(decoder):
+    """As if the part without positions came first."""
+    width, rotated = decoder.config.head_width, decoder.config.rotary_width
+    order = torch.arange(width).roll(-rotated)
+    assert rotated < width
+    for attention in of(decoder, Attention):
+        q_and_k = (decoder.config.num_heads + decoder.config.kv_heads) * width
+        for tensor in (attention.qkv.weight, *([] if attention.qkv.bias is None else [attention.qkv.bias])):
+            tensor[:q_and_k] = tensor[:q_and_k].unflatten(0, (-1, width))[:, order].flatten(0, 1).clone()
+
+
+def rotary_everywhere(decoder):
+    for attention in of(decoder, Attention):
+        attention.rotary = True
+
+
+def one_theta(decoder):
+    for attention in of(decoder, Attention):
+        attention.window_theta = False
+
+
+def without(name, usual):
+    def mutate(decoder):
+        object.__setattr__(decoder.config, name, usual)
+        for block in of(decoder, Block):
+            block.scale, block.attention.scale = decoder.config.residual_scale, decoder.config.attention_scale
+
+    mutate.__name__ = f"without_{name}"
+    return mutate
+
+
+def scaling(**changes):
+    """Another stretching of the angles than the file says."""
+
+    def mutate(decoder):
+        object.__setattr__(decoder.config, "rope_scaling", replace(decoder.config.rope_scaling, **changes))
+
+    mutate.__name__ = "scaling_" + "_".join(changes)
+    return mutate
+
+
+def long_factors(decoder):
+    scaling(short_factor=decoder.config.rope_scaling.long_factor)(decoder)
+
+
+def exact_gate(decoder):
+    for mlp in of(decoder, MLP):
+        mlp.kind = "swiglu"
+
+
 def shared_without_its_gate(decoder):
     """As if every token used the shared expert whole (DeepSeek's has no gate)."""
     for moe in of(decoder, MoE):
@@ -162,6 +237,34 @@ MUTANTS = [
     ("qwen2_moe", 0, shared_without_its_gate),
     ("qwen2_moe", 0, shared_halves_swapped),
     ("qwen3_moe", 0, other_renormalisation),
+    ("gpt_neox", 0, one_after_the_other),
+    ("gpt_neox", 0, rotate_the_last_features),
+    ("gpt_neox", 0, heads_not_together),
+    ("gpt_neox", 0, other_gelu),
+    ("stablelm", 0, rotate_the_last_features),
+    ("stablelm", 0, without("rotary_fraction", 1.0)),
+    ("starcoder2", 1, window_one_wider),
+    ("phi3", 0, rotate_the_last_features),
+    ("phi3", 1, long_factors),
+    ("phi3", 1, scaling(attention_factor=1.0)),
+    ("gemma", 0, norm_without_one),
+    ("gemma", 0, without("embedding_scale", 1.0)),
+    ("gemma", 0, exact_gate),
+    ("gemma3_text", 3, no_norm_after),
+    ("gemma3_text", 3, one_theta),
+    ("gemma3_text", 3, without("attention_scale", None)),
+    ("olmo2", 0, norms_before),
+    ("smollm3", 0, rotary_everywhere),
+    ("granite", 0, without("embedding_scale", 1.0)),
+    ("granite", 0, without("residual_scale", 1.0)),
+    ("granite", 0, without("attention_scale", None)),
+    ("granite", 0, without("logit_divisor", 1.0)),
+    ("llama", 2, scaling(kind="linear")),
+    ("llama", 2, scaling(attention_factor=1.0)),
+    ("llama", 2, scaling(beta_slow=8.0)),
+    ("llama", 6, scaling(beta_fast=32.0)),
+    ("llama", 6, scaling(truncate=False)),
+    ("llama", 4, scaling(kind="linear")),
 ]
 
 
@@ -341,9 +444,20 @@ def test_active_parameters_and_defaults():
 
 REFUSED = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'yarn'"),
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type 'dynamic'"),
+    ("llama", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "rope_type 'mrope'"),
+    ("llama", {"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "rope_scaling lacks factor"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "extra": 3}}, "rope_scaling.extra 3: not understood"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "rope_scaling.short"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "rotary positions need an even head width"),
+    ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm True"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+    ("gemma", {"hidden_act": "silu"}, "hidden_act 'silu'"),
+    ("smollm3", {"no_rope_layers": []}, "no_rope_layers has 0 numbers for"),
+    ("llama", {"layer_types": ["sliding_attention"]}, "layer_types"),
+    ("llama", {"hidden_act": "relu"}, "hidden_act 'relu'"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling 0"),
     ("llama", {"sliding_window": 16}, "sliding_window 16: not understood"),
     ("llama", {"attention_dropout": 0.1}, "attention_dropout 0.1"),
     ("llama", {"logit_scale": 0.5}, "logit_scale 0.5: not understood"),
@@ -371,8 +485,9 @@ def test_what_is_not_supported_is_refused_by_name(family, change, problem):
 
 
 def test_other_families_and_misfitting_files_are_refused():
-    with pytest.raises(UserError, match="model_type 't5' is not supported: use one of llama, "):
-        config_from_hf({"model_type": "t5"})
+    for family, why in (("t5", ", because it is an encoder and a decoder, not a decoder alone"), ("x", "")):
+        with pytest.raises(UserError, match=f"model_type '{family}' is not supported{why}: use one of llama, "):
+            config_from_hf({"model_type": family})
     config = config_from_hf(random_config("mixtral", 0).to_dict())
     state = Decoder(config).state_dict()
     state["layers.0.mlp.gate.bias"][0] = 1.0

@@ -105,6 +105,19 @@ def test_any_split_of_the_range_gives_the_same_samples():
         assert (np.concatenate(parts, axis=1) == whole).all()
 
 
+def test_small_reads_on_and_back_are_those_of_one_large_one():
+    lengths, weights = [37, 101, 11], [0.3, 0.6, 0.1]
+    whole = np.stack(Order(2, lengths, weights).samples(0, 1600))
+    order, crossed = Order(2, lengths, weights), 0
+    for size in (8, 12, 255):  # places are computed in blocks of 256 samples, and kept
+        for start in [*range(0, 1300, size), 700, 0, 250]:
+            part = np.stack(order.samples(start, start + size))
+            assert (part == whole[:, start : start + size]).all(), (size, start)
+            crossed += start // 256 != (start + size - 1) // 256
+    assert crossed > 10
+    assert not (np.stack(Order(3, lengths, weights).samples(0, 8)) == whole[:, :8]).all()
+
+
 def test_seeds_differ():
     a, b = (np.stack(Order(seed, [1000, 1000], [1, 1]).samples(0, 500)) for seed in (0, 1))
     assert (a[1] == b[1]).mean() < 0.05 and (a[0] != b[0]).any()

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 
 import pytest
 import yaml
 from good_recipe import GOOD
 
-from llmrecipes.recipe import diff, fingerprint
+from llmrecipes.recipe import ModelConfig, MoEConfig, diff, fingerprint, with_later_defaults
+
+SIZES = {"vocab_size": 61, "dim": 24, "num_layers": 2, "num_heads": 6, "ffn_dim": 40}
 
 
 def _data() -> dict:
@@ -77,6 +80,22 @@ def test_diff_names_each_key():
         "data.init_args.train.data/ja: 0.5 -> 1",
         "seed: 42 -> 7",
     ]
+
+
+def test_a_checkpoint_older_than_an_option_has_its_default():
+    """What a version recorded that did not know the later options of the model."""
+    moe = {"num_experts": 4, "ffn_dim": 8}
+    present = {"seed": 1, "model": {"config": asdict(ModelConfig(**SIZES, moe=MoEConfig(**moe))), "optimizer": {}}}
+    recorded = copy.deepcopy(present)
+    later = ["norm_position", "parallel_residual", "rotary_fraction", "nope_layers", "logit_divisor"]
+    for name in later:
+        del recorded["model"]["config"][name]
+    del recorded["model"]["config"]["moe"]["z_loss_coef"]
+    assert len(diff(recorded, present)) == len(later) + 1
+    assert diff(with_later_defaults(recorded), present) == []
+    present["model"]["config"]["rotary_fraction"] = 0.5
+    assert diff(with_later_defaults(recorded), present) == ["model.config.rotary_fraction: 1 -> 0.5"]
+    assert with_later_defaults({}) == {} and with_later_defaults({"model": None}) == {"model": None}
 
 
 def test_with_a_capacity_the_micro_batch_decides_what_is_dropped():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
+import torch
 from helpers import REPOSITORY
 
+from llmrecipes.checkpoint import TrainingState, write_checkpoint
 from llmrecipes.errors import UserError
+from llmrecipes.recipe import ModelConfig
 from llmrecipes.run import environment as environment_module
 from llmrecipes.run.environment import git_state, record_launch
 from llmrecipes.run.folder import decide_resume, lock, mark_done
@@ -104,3 +109,20 @@ def test_never_steps_aside_as_often_as_asked(tmp_path):
 
 def test_helpers_find_the_repository():
     assert (REPOSITORY / "pyproject.toml").is_file()
+
+
+def test_a_checkpoint_of_a_version_without_an_option_goes_on(tmp_path):
+    """And one that was trained with another value of it does not."""
+    present = {"model": {"config": asdict(ModelConfig(vocab_size=9, dim=8, num_layers=1, num_heads=1, ffn_dim=8))}}
+    recorded = copy.deepcopy(present)
+    for name in ("norm_position", "rotary_fraction", "logit_divisor"):
+        del recorded["model"]["config"][name]
+    info = {"progress": {"trajectory": recorded, "consumed_tokens": 0}}
+    tensors = {"x": torch.zeros(1)}
+    write_checkpoint(tmp_path / "checkpoints", TrainingState(3, tensors, tensors, tensors, info))
+    resume = decide_resume(tmp_path, "auto", present)
+    assert resume.step == 3 and resume.progress["trajectory"] == present
+    present["model"]["config"]["rotary_fraction"] = 0.5
+    with pytest.raises(UserError) as caught:
+        decide_resume(tmp_path, "auto", present)
+    assert "  model.config.rotary_fraction: 1 -> 0.5" in caught.value.problems

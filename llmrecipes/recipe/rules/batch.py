@@ -26,6 +26,11 @@ def batch_problems(facts: Facts) -> Iterator[Finding]:
     if facts.get(*CONFIG, "positions") == "learned" and length and table is not None and table < length:
         what = f"data.init_args.seq_len {length} is longer than the position table, max_seq_len {table}"
         yield Finding((*DATA, "seq_len"), what, "raise max_seq_len or shorten seq_len")
+    scaling = (*CONFIG, "rope_scaling")
+    kind, longest = facts.get(*scaling, "kind"), facts.integer(*scaling, "original_max_seq_len")
+    if kind in ("dynamic", "longrope") and length and longest is not None and longest < length:
+        what = f"data.init_args.seq_len {length}: rope_scaling {kind} turns by other angles beyond {longest} tokens"
+        yield Finding((*DATA, "seq_len"), what, "shorten seq_len, or use rope_scaling of kind yarn or linear")
     yield from _weights(facts)
 
 

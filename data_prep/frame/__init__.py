@@ -1,0 +1,1 @@
+"""What every stage of data preparation shares: its recipe, documents in and out, counts that add up, resumable runs."""

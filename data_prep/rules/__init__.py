@@ -1,0 +1,1 @@
+"""Rules about texts: pure functions of a string, without files, configuration or chance."""
