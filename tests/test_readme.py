@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import importlib
 import inspect
 import re
 import shlex
@@ -80,7 +82,7 @@ def test_both_readmes_say_the_same():
     assert ours == theirs and len(ours) == 2
     assert [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, japanese)] == [11, 11]
     rows = [re.findall(r"^\| `([^|]*?)` ", text, re.MULTILINE) for text in (english, japanese)]
-    assert len(rows[0]) == len(rows[1]) == 14
+    assert len(rows[0]) == len(rows[1]) == 19
 
 
 def test_every_make_target_exists():
@@ -103,21 +105,32 @@ def test_every_named_file_exists():
     assert named_files("docs/x.md", "[a](nowhere.md) `recipes/none.yaml`") == {"docs/nowhere.md", "recipes/none.yaml"}
 
 
+def named(text: str, exist: set[str]) -> str:
+    """The command that a text begins with: the longest of those there are, else the text."""
+    return max((name for name in exist if f"{text} ".startswith(f"{name} ")), key=len, default=text)
+
+
 def test_the_command_tables_are_complete():
     stages = {f"data {stage}" for stage in STAGES} | {f"convert {stage}" for stage in CONVERSIONS}
     exist = ({*TRAINER_COMMANDS, *COMMANDS} | stages) - {"data", "convert"}
     for document in READMES:
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
-        named = {name for line in table for name in re.findall(r"`llmrecipes ((?:data |convert )?[a-z-]+)", line)}
-        assert named == exist, document
-    assert len(exist) == 17
+        texts = [text for line in table for text in re.findall(r"`llmrecipes ([^`]+)`", line)]
+        assert {named(text, exist) for text in texts} == exist, document
+    assert len(exist) == 36
 
 
 def mistakes(words: list[str]) -> list[str]:
     """What is wrong with the words after ``llmrecipes``, found without running them."""
     if words[0] == "data":
-        known = inspect.signature(STAGES[words[1]].load()).parameters
-        return [word for word in words[2:] if word.startswith("--") and word[2:] not in known]
+        name = named(" ".join(words[1:]), set(STAGES))
+        stage, rest = STAGES[name], words[1 + len(name.split()) :]
+        if stage.recipe is None:
+            known = set(inspect.signature(stage.load()).parameters)
+        else:
+            config = getattr(importlib.import_module(stage.module), stage.recipe)
+            known = {"config", "help", *(field.name for field in dataclasses.fields(config))}
+        return [word for word in rest if word.startswith("--") and word[2:].partition(".")[0] not in known]
     if words[0] == "convert":
         return [] if words[1] in CONVERSIONS else [words[1]]
     if words[0] == "merge":

@@ -115,12 +115,37 @@ def _attend_documents(
     assert context.lengths is not None
     varlen = context.cu_seqlens is not None and query.dtype in (torch.bfloat16, torch.float16)
     if varlen and context.bias is None and dropout == 0.0:
-        return _attend_varlen(query, key, value, context, window, scale)
-    # One call per document costs far less than one call with a [T, T] mask, and the borders are known on the host.
-    mask = _mask(context, window)
-    flat = [x.flatten(0, 1).unsqueeze(0).split(context.lengths, dim=1) for x in (query, key, value)]
-    mixed = [_attend_rows(q, k, v, mask, dropout, scale) for q, k, v in zip(*flat, strict=True)]
-    return torch.cat(mixed, dim=1).view(query.shape)
+        q, k, v = (_flat_documents(x, context.lengths, context.prefixes) for x in (query, key, value))
+        mixed = list(_attend_varlen(q, k, v, context, window, scale).split(context.spans))
+    else:
+        # One call per document costs far less than one call with a [T, T] mask, and the borders are known on the host.
+        mask = _mask(context, window)
+        documents = [_documents(x, context.lengths, context.prefixes) for x in (query, key, value)]
+        rows = [_attend_rows(q, k, v, mask, dropout, scale) for q, k, v in zip(*documents, strict=True)]
+        mixed = [row.squeeze(0) for row in rows]
+    if context.prefixes is not None:
+        mixed = [part[prefix:] for part, prefix in zip(mixed, context.prefixes, strict=True)]
+    return torch.cat(mixed).view(query.shape)
+
+
+def _flat_documents(x: Tensor, lengths: list[int], prefixes: list[int] | None) -> Tensor:
+    """All documents of ``x``, prefixes included, one after the other, [S, heads, width]."""
+    return x.flatten(0, 1) if prefixes is None else torch.cat(_documents(x, lengths, prefixes), dim=1).squeeze(0)
+
+
+def _documents(x: Tensor, lengths: list[int], prefixes: list[int] | None) -> list[Tensor]:
+    """Each document of ``x`` [B, T, heads, width] as [1, n, heads, width], with what it goes on from before it.
+
+    The prefix takes part as queries too, for nothing: scores are the small part of a layer, and every kernel and mask
+    then fits as it is.
+    """
+    parts = list(x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1))
+    if prefixes is None:
+        return parts
+    return [
+        torch.cat([parts[i - 1][:, :prefix], part], dim=1) if prefix else part
+        for i, (part, prefix) in enumerate(zip(parts, prefixes, strict=True))
+    ]
 
 
 def _attend_rows(
@@ -149,22 +174,22 @@ def _attend_rows(
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None, scale: float | None
 ) -> Tensor:
-    """All documents in one launch of FlashAttention (CUDA, half precision)."""
+    """All documents, [S, heads, width] one after the other, in one launch of FlashAttention (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert context.lengths is not None and context.cu_seqlens is not None
-    longest = max(context.lengths)
+    assert context.cu_seqlens is not None
+    longest = max(context.spans)
     mixed = varlen_attn(
-        query.flatten(0, 1),
-        key.flatten(0, 1),
-        value.flatten(0, 1),
+        query,
+        key,
+        value,
         context.cu_seqlens,
         context.cu_seqlens,
         longest,
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),  # nothing to the right: causal
-        enable_gqa=query.shape[2] != key.shape[2],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(mixed, Tensor)
-    return mixed.view(query.shape)
+    return mixed

@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
     def _refuse_longer(self, context: SequenceContext, longest: int) -> None:
-        last = max(context.lengths) if context.lengths else context.positions.shape[1]
+        last = max(context.spans) if context.lengths else context.positions.shape[1]
         if context.cache is not None:
             last += context.cache.length
             last -= 0 if context.cache.padding is None else int(context.cache.padding.min())
@@ -140,6 +140,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         *,
         document_lengths: list[list[int]] | None = None,
+        document_prefixes: list[list[int]] | None = None,
         token_mask: Tensor | None = None,
         cache: KVCache | None = None,
         dropless: bool = False,
@@ -150,13 +151,15 @@ class Decoder(nn.Module):
             tokens: ids, [B, T].
             document_lengths: lengths of the documents packed into each row (each row sums to T). Documents do not see
                 each other and positions restart at each; None = one document per row.
+            document_prefixes: how many first tokens of the document before it in the row each document goes on from, as
+                if they stood at its beginning; None = none does.
             token_mask: [B, T], True for real tokens; the others do not enter the routing statistics.
             cache: keys and values of earlier tokens; extended in place.
             dropless: let experts take every token, whatever their capacity. Always so with a cache: which tokens are
                 dropped would depend on how many are computed at a time.
         """
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
-        context = make_context(self.config, tokens, dtype, document_lengths, cache)
+        context = make_context(self.config, tokens, dtype, document_lengths, cache, document_prefixes)
         x = self._embed(tokens, context)
         routings: list[Routing] = []
         for block in self.layers:

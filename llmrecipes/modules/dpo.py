@@ -12,7 +12,7 @@ from llmrecipes.data.batch import IGNORE, Batch
 from llmrecipes.data.preference_data import PreferenceBatch, PreferencePairs
 from llmrecipes.errors import UserError
 from llmrecipes.losses import Answers, PreferenceLoss, label_log_probs, preference_loss
-from llmrecipes.models import Decoder, ModelConfig
+from llmrecipes.models import ModelConfig
 from llmrecipes.modules.loss_terms import LossTerm
 from llmrecipes.modules.pretrain import PretrainModule
 from llmrecipes.modules.reference import reference_log_probs
@@ -156,9 +156,7 @@ class PreferenceModule(PretrainModule):
     @torch.no_grad()
     def _sums(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:
         """Log-probability of every answer of the batch by ``model``: chosen, rejected, chosen, ..."""
-        assert isinstance(model, Decoder)
-        output = model(batch.tokens, document_lengths=batch.document_lengths, token_mask=batch.token_mask)
-        return self._label_sums(model, output.hidden, batch)
+        return self._label_sums(model, self.run_model(model, batch).hidden, batch)
 
     def _label_sums(self, model: Any, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         labels = batch.labels.flatten()

@@ -112,7 +112,17 @@ class PretrainModule(StepModule):
         return self.config.flops_per_token(seq_len) - 2 * frozen_active(self.model, self.config)
 
     def _forward(self, batch: Batch) -> DecoderOutput:
-        return self.model(batch.tokens, document_lengths=batch.document_lengths, token_mask=batch.token_mask)
+        return self.run_model(self.model, batch)
+
+    @staticmethod
+    def run_model(model: Any, batch: Batch) -> DecoderOutput:
+        """The forward pass of a micro-batch."""
+        return model(
+            batch.tokens,
+            document_lengths=batch.document_lengths,
+            document_prefixes=batch.document_prefixes,
+            token_mask=batch.token_mask,
+        )
 
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         output = self._forward(batch)

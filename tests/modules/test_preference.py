@@ -65,8 +65,10 @@ class DoubleSFT(SFTModule):
         return super().build_model().double()
 
 
-def train(folder, module_class=Double, data_class=PreferencePairs, steps=3, mode=None, micro_batch=2, **options):
-    """Records, validation and parameters of some steps."""
+def train(
+    folder, module_class=Double, data_class=PreferencePairs, steps=3, mode=None, micro_batch=2, more=None, **options
+):
+    """Records, validation and parameters of some steps; ``more`` goes to the data."""
     quiet_lightning()
     dpo.load_initial = pretrain.load_initial = load_random
     try:
@@ -75,6 +77,7 @@ def train(folder, module_class=Double, data_class=PreferencePairs, steps=3, mode
         data = data_class(
             train={str(file): 1.0}, tokenizer=str(folder / "tokenizer"), seq_len=160, micro_batch=micro_batch,
             global_batch=4, split="80,20", cache=str(folder / "cache"),
+            **(more or {}),
         )  # fmt: skip
         records = []
 
@@ -124,6 +127,17 @@ def test_micro_batches_and_the_kind_of_reference_make_no_difference(place, loss)
     whole = train(place, micro_batch=4, loss=loss, reference="copy")
     assert worst(whole, train(place, micro_batch=1, loss=loss, reference="copy")) < 1e-12
     assert worst(whole, train(place, micro_batch=2, loss=loss, reference="precomputed")) < 1e-12
+
+
+def test_sharing_the_prompt_changes_nothing(place):
+    """One pair a row, so that both ways have the same pairs in a step."""
+    shared, apart = (
+        train(place, reference="copy", more={"pack": False, "share_prompts": share}) for share in (True, False)
+    )
+    for records in (shared[0], apart[0]):
+        for record in records:
+            record["batch"] = ""  # other rows, of course
+    assert worst(shared, apart) < 1e-12
 
 
 class Cheap(Double):
