@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmrecipes.models.context import SequenceContext
 from llmrecipes.models.layers import make_norm
+from llmrecipes.models.lora import Routes, apply_linear, make_linear
 from llmrecipes.models.rotary import apply_rotary
 from llmrecipes.recipe.model_config import ModelConfig
 
@@ -22,8 +23,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.window = layer, config.window_of(layer)
         self.num_heads, self.kv_heads, self.width = config.num_heads, config.kv_heads, config.head_width
-        self.qkv = nn.Linear(config.dim, (self.num_heads + 2 * self.kv_heads) * self.width, bias=config.qkv_bias)
-        self.out = nn.Linear(self.num_heads * self.width, config.dim, bias=config.has_out_bias)
+        query, key = self.num_heads * self.width, self.kv_heads * self.width
+        self.qkv = make_linear(config, layer, config.dim, {"q": query, "k": key, "v": key}, config.qkv_bias)
+        self.out = make_linear(config, layer, query, {"o": config.dim}, config.has_out_bias)
         self.norm_per_head = config.qk_norm_scope == "head"
         widths = (1, 1) if self.norm_per_head else (self.num_heads, self.kv_heads)
         self.q_norm = make_norm(config, widths[0] * self.width) if config.qk_norm else None
@@ -31,11 +33,11 @@ class Attention(nn.Module):
         self.dropout, self.scale = config.dropout, config.attention_scale
         self.rotary, self.window_theta = config.is_rotary_layer(layer), config.uses_window_theta(layer)
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """Mix ``x`` [B, T, dim] along T; returns [B, T, dim]."""
+    def forward(self, x: Tensor, context: SequenceContext, routes: Routes | None = None) -> Tensor:
+        """Mix ``x`` [B, T, dim] along T; returns [B, T, dim]. Routers of adapters write down in ``routes``."""
         rows, length, _ = x.shape
         q_size, kv_size = self.num_heads * self.width, self.kv_heads * self.width
-        query, key, value = self.qkv(x).split([q_size, kv_size, kv_size], dim=-1)
+        query, key, value = apply_linear(self.qkv, x, routes).split([q_size, kv_size, kv_size], dim=-1)
         if not self.norm_per_head:
             query, key = self._normed(query, key)
         query = query.view(rows, length, self.num_heads, self.width)
@@ -49,7 +51,7 @@ class Attention(nn.Module):
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
         mixed = attend(query, key, value, context, self.window, self.dropout if self.training else 0.0, self.scale)
-        return self.out(mixed.reshape(rows, length, q_size))
+        return apply_linear(self.out, mixed.reshape(rows, length, q_size), routes)
 
     def _angles(self, context: SequenceContext) -> tuple[Tensor, Tensor]:
         if self.window_theta:

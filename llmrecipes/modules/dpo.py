@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llmrecipes.checkpoint import load_initial
 from llmrecipes.data.batch import IGNORE, Batch
 from llmrecipes.data.preference_data import PreferenceBatch, PreferencePairs
 from llmrecipes.errors import UserError
@@ -90,7 +88,7 @@ class PreferenceModule(PretrainModule):
         """A frozen model with the weights that training begins with."""
         model = self.make_model(compiled=False)
         assert self.init_from is not None
-        load_initial(Path(self.init_from), model)
+        self.fill_initial(model)
         return model.requires_grad_(False).eval()
 
     def setup(self, stage: str) -> None:
