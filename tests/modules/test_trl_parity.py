@@ -47,8 +47,8 @@ def prepare(folder):
 def batch_of(folder, kind, file, cache, **options):
     """All examples as one batch."""
     data = kind(
-        train={str(folder / file): 1.0}, tokenizer=str(folder / "tokenizer"), seq_len=128, micro_batch=1, global_batch=1,
-        split="100", cache=str(cache), **options,
+        train={str(folder / file): 1.0}, tokenizer=str(folder / "tokenizer"), seq_len=128, micro_batch=1,
+        global_batch=1, split="100", cache=str(cache), **options,
     )  # fmt: skip
     alone = {"num_replicas": 1, "rank": 0}
     data.trainer = SimpleNamespace(strategy=SimpleNamespace(distributed_sampler_kwargs=alone), max_steps=1)

@@ -1,8 +1,8 @@
 """TRL's SFT and DPO on a tiny Llama; run in an environment that has TRL.
 
-``python trl_peer.py FOLDER`` reads FOLDER/tokenizer, FOLDER/pairs.jsonl and FOLDER/talks.jsonl, and writes FOLDER/policy
-and FOLDER/reference (Hugging Face folders of one model with other weights) and FOLDER/trl.safetensors: losses and the
-gradients of every parameter.
+``python trl_peer.py FOLDER`` reads FOLDER/tokenizer, FOLDER/pairs.jsonl and FOLDER/talks.jsonl, and writes
+FOLDER/policy and FOLDER/reference (Hugging Face folders of one model with other weights) and FOLDER/trl.safetensors:
+losses and the gradients of every parameter.
 """
 
 from __future__ import annotations
