@@ -42,6 +42,8 @@ class PreferenceModule(PretrainModule):
         expected_params: refuse to start when the model has another number of parameters.
         loss_chunk: rows of the logits that exist at a time.
         compile: fuse what lies between the matrix products of each block (torch.compile).
+        trainable, frozen: groups or regular expressions of parameters, as in ``PretrainModule``: ``frozen: [experts]``
+            leaves the experts as they are.
         seed: of dropout; linked to the recipe's ``seed``.
     """
 
@@ -62,8 +64,22 @@ class PreferenceModule(PretrainModule):
         loss_chunk: int = 1024,
         compile: bool = False,
         seed: int = 0,
+        trainable: list[str] | None = None,
+        frozen: list[str] | None = None,
     ) -> None:
-        super().__init__(config, optimizer, schedule, clip_norm, expected_params, loss_chunk, init_from, compile, seed)
+        super().__init__(
+            config,
+            optimizer,
+            schedule,
+            clip_norm,
+            expected_params,
+            loss_chunk,
+            init_from,
+            compile,
+            seed,
+            trainable,
+            frozen,
+        )
         if beta <= 0:
             raise UserError(f"model.beta: {beta} must be above 0")
         if not 0 <= label_smoothing < 0.5:

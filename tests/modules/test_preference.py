@@ -21,7 +21,7 @@ from llmrecipes.data import ChatExamples, PreferencePairs, Tokenizer
 from llmrecipes.distributed import ShardedStrategy
 from llmrecipes.errors import UserError
 from llmrecipes.models import ModelConfig
-from llmrecipes.modules import PreferenceModule, SFTModule, dpo, pretrain
+from llmrecipes.modules import PreferenceModule, SFTModule, pretrain
 from llmrecipes.modules.sft import noise_width
 from llmrecipes.optim import AdamW, Constant
 from llmrecipes.run.fit import quiet_lightning
@@ -46,11 +46,12 @@ def config(folder):
     return ModelConfig(vocab_size=vocabulary, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48)
 
 
-def load_random(folder, model):
+def load_random(folder, model, may_be_new=None):
     """Stands for a folder of weights: the same numbers for whoever asks."""
     from llmrecipes.models import init_weights
 
     init_weights(model, 11)
+    return []
 
 
 class Double(PreferenceModule):
@@ -70,7 +71,7 @@ def train(
 ):
     """Records, validation and parameters of some steps; ``more`` goes to the data."""
     quiet_lightning()
-    dpo.load_initial = pretrain.load_initial = load_random
+    pretrain.load_initial = load_random
     try:
         module = module_class(config(folder), AdamW(lr=0.01), Constant(), init_from="x", seed=3, **options)
         file = folder / ("pairs.jsonl" if data_class is PreferencePairs else "talks.jsonl")
@@ -93,7 +94,7 @@ def train(
         )  # fmt: skip
         trainer.fit(module, datamodule=data)
     finally:
-        dpo.load_initial = pretrain.load_initial = load_initial
+        pretrain.load_initial = load_initial
     parameters = {name: p.full_tensor() if mode else p for name, p in module.model.named_parameters()}
     return records, module.validation_metrics, {name: p.detach().clone() for name, p in parameters.items()}
 
