@@ -24,6 +24,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "check": ("llmrecipes.recipe.check", "main", "every mistake in recipes at once, without starting anything"),
     "convert": ("llmrecipes.convert.commands", "main", "checkpoints in and out, each verifies itself"),
+    "merge": ("llmrecipes.convert.merge_commands", "main", "experts into one mixture, adapters into weights"),
     "generate": ("llmrecipes.inference.commands", "generate", "text from a model: continue prompts, or chat"),
     "perplexity": ("llmrecipes.inference.commands", "perplexity", "how well one or two models predict texts"),
     "data": ("llmrecipes.cli", "data", "corpora, tokenizers and token shards, stage by stage"),

@@ -19,6 +19,7 @@ import yaml
 from data_prep.commands import STAGES
 from llmrecipes.cli import COMMANDS, TRAINER_COMMANDS, main
 from llmrecipes.convert.commands import STAGES as CONVERSIONS
+from llmrecipes.convert.merge_commands import STAGES as MERGES
 from llmrecipes.recipe import check
 from llmrecipes.recipe.check import USAGE as CHECK_USAGE
 
@@ -81,7 +82,7 @@ def test_both_readmes_say_the_same():
     assert ours == theirs and len(ours) == 2
     assert [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, japanese)] == [11, 11]
     rows = [re.findall(r"^\| `([^|]*?)` ", text, re.MULTILINE) for text in (english, japanese)]
-    assert len(rows[0]) == len(rows[1]) == 17
+    assert len(rows[0]) == len(rows[1]) == 19
 
 
 def test_every_make_target_exists():
@@ -116,7 +117,7 @@ def test_the_command_tables_are_complete():
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
         texts = [text for line in table for text in re.findall(r"`llmrecipes ([^`]+)`", line)]
         assert {named(text, exist) for text in texts} == exist, document
-    assert len(exist) == 33
+    assert len(exist) == 36
 
 
 def mistakes(words: list[str]) -> list[str]:
@@ -132,6 +133,9 @@ def mistakes(words: list[str]) -> list[str]:
         return [word for word in rest if word.startswith("--") and word[2:].partition(".")[0] not in known]
     if words[0] == "convert":
         return [] if words[1] in CONVERSIONS else [words[1]]
+    if words[0] == "merge":
+        options = inspect.signature(MERGES[words[1]].load()).parameters if words[1] in MERGES else {}
+        return [word for word in words[1:] if word.startswith("--") and word[2:] not in options]
     if words[0] in ("generate", "perplexity"):
         shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
         return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]

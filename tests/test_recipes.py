@@ -64,10 +64,11 @@ def command_of(path: Path) -> tuple[list[Path], list[str]]:
 def test_all_files_were_seen():
     on_disk = [p for p in ROOT.rglob("*") if p.is_file() and p.suffix in (".yaml", ".yml")]
     assert len(EVERY_FILE) == len(on_disk)
-    assert len(TRAINING) >= 9
+    assert len(TRAINING) >= 12
     names = {str(path) for path in TRAINING}
-    for kind in ("dense", "moe"):  # each with its small twin
-        assert {f"recipes/{kind}_pretrain.yaml", f"recipes/cpu/{kind}_pretrain.yaml"} <= names
+    for stage in ("dense_pretrain", "moe_pretrain", "router_train"):  # each with its small twin
+        assert {f"recipes/{stage}.yaml", f"recipes/cpu/{stage}.yaml"} <= names
+    assert {f"recipes/lora_expert_{domain}.yaml" for domain in ("wiki", "math", "novel")} <= names
     assert {"recipes/prmoe_125m.yaml", "recipes/prmoe_350m.yaml", "recipes/cpu/prmoe_pretrain.yaml"} <= names
 
 
@@ -86,9 +87,8 @@ def test_header_says_what_a_reader_needs(path):
 def test_command_in_the_header_is_about_the_file(path):
     configs, _ = command_of(path)
     assert configs[-1] == path
-    complete = {"model", "data", "trainer"} <= set(yaml.safe_load(path.read_text(encoding="utf-8"))) and "name" in (
-        yaml.safe_load(path.read_text(encoding="utf-8"))
-    )
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    complete = {"name", "data", "trainer"} <= set(recipe) and "class_path" in recipe.get("model", {})
     assert len(configs) == (1 if complete else 2), "an overlay follows its base"
     for base in configs[:-1]:
         assert len(command_of(base)[0]) == 1
@@ -140,7 +140,10 @@ def model_config(name):
     return build_config(read_recipe([ROOT / name]).data["model"]["init_args"]["config"])
 
 
-@pytest.mark.parametrize("name", ["dense_pretrain.yaml", "moe_pretrain.yaml", "prmoe_125m.yaml", "prmoe_350m.yaml"])
+COUNTED = ("dense_pretrain", "moe_pretrain", "prmoe_125m", "prmoe_350m", "lora_expert_wiki", "router_train")
+
+
+@pytest.mark.parametrize("name", [f"{name}.yaml" for name in COUNTED])
 def test_expected_parameters_are_met_and_a_slip_is_noticed(name, tmp_path):
     expected = read_recipe([ROOT / name]).data["model"]["init_args"]["expected_params"]
     assert model_config(name).num_params == expected

@@ -85,7 +85,7 @@ class Logging(L.Callback):
         record["tokens_per_second"] = rate
         peak = self.peak_flops or known_peak(pl_module.device)
         if peak:
-            flops = pl_module.config.flops_per_token(trainer.datamodule.seq_len)  # type: ignore[attr-defined]
+            flops = pl_module.flops_per_token(trainer.datamodule.seq_len)  # type: ignore[attr-defined]
             record["mfu"] = rate * flops / (peak * trainer.world_size)
         record["memory_gib"] = peak_memory(pl_module.device)
         left = self._throughput.seconds_left(record["step"], trainer.max_steps)

@@ -1,5 +1,6 @@
 """Checkpoints: an atomic writer for all ranks, a verifying reader that reshards, retention, and their callback."""
 
+from llmrecipes.checkpoint.base import base_of, describe_base, weight_folders
 from llmrecipes.checkpoint.callback import Checkpoints
 from llmrecipes.checkpoint.errors import CheckpointError
 from llmrecipes.checkpoint.files import (
@@ -18,7 +19,9 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "TrainingState",
+    "base_of",
     "checkpoints",
+    "describe_base",
     "load_initial",
     "load_model",
     "load_optimizer",
@@ -29,6 +32,7 @@ __all__ = [
     "read_rng",
     "read_tensors",
     "verify",
+    "weight_folders",
     "whole_checkpoints",
     "write_checkpoint",
 ]

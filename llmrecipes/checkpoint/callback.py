@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from llmrecipes.checkpoint.background import BackgroundSave
 from llmrecipes.checkpoint.files import checkpoint_name, read_info, read_rng, write_checkpoint
-from llmrecipes.checkpoint.load import load_model, load_optimizer
+from llmrecipes.checkpoint.load import load_optimizer, load_tensors
 from llmrecipes.checkpoint.ranks import on_first_rank, rank, together
 from llmrecipes.checkpoint.retention import point_latest, purge, remove_leftovers, set_aside_after
 from llmrecipes.checkpoint.state import TrainingState, optimizer_state, rng_state, set_rng_state
@@ -73,7 +73,7 @@ class Checkpoints(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "validate" and self.resume_from is not None:
             folder = self.resume_from
-            together(lambda: load_model(folder, pl_module.model), f"reading {folder} failed")
+            together(lambda: load_tensors(folder, pl_module.saved_tensors()), f"reading {folder} failed")
 
     def _restore(self, trainer: L.Trainer, pl_module: Any, folder: Path) -> None:
         """Put the state of a verified checkpoint back, on any number of ranks. Collective."""
@@ -89,7 +89,7 @@ class Checkpoints(L.Callback):
         model, optimizer = pl_module.model, trainer.optimizers[0]
 
         def load() -> None:
-            load_model(folder, model)
+            load_tensors(folder, pl_module.saved_tensors())
             load_optimizer(folder, model, optimizer)
 
         together(load, f"reading {folder} failed")
@@ -170,7 +170,7 @@ class Checkpoints(L.Callback):
         self._background.finish()
         state = TrainingState(
             step=step,
-            model=dict(pl_module.model.state_dict()),
+            model=pl_module.saved_tensors(),
             optimizer=optimizer_state(pl_module.model, trainer.optimizers[0]),
             rng=rng_state(),
             info={"progress": copy.deepcopy(pl_module.progress())},

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from llmrecipes.checkpoint.base import weight_folders
 from llmrecipes.checkpoint.errors import CheckpointError
-from llmrecipes.checkpoint.files import MANIFEST, verify
-from llmrecipes.checkpoint.retention import newest_whole
 from llmrecipes.checkpoint.shards import Shards
 from llmrecipes.errors import UserError
 
@@ -25,42 +25,47 @@ def load_model(folder: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: names or shapes differ; all that differ are named.
     """
-    Shards(folder / "model").read_into(dict(model.state_dict()))
+    load_tensors(folder, dict(model.state_dict()))
 
 
-def load_initial(path: Path, model: nn.Module) -> None:
+def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """`load_model` for tensors by name: exactly those that the checkpoint holds."""
+    Shards(folder / "model").read_into(tensors)
+
+
+def load_initial(path: Path, model: nn.Module, may_lack: Callable[[str], bool] = lambda _: False) -> set[str]:
     """Begin with the weights of another folder; each rank reads only its slices.
 
     Args:
         path: a run, a checkpoint, or a folder of safetensors with our names.
         model: not on the meta device; plain or sharded.
+        may_lack: whether a tensor of that name may be missing there; it then stays as it is.
+
+    Returns:
+        The names that are missing there.
 
     Raises:
         UserError: nothing whole there, or another model.
     """
-    folder = _weights_folder(path)
     try:
-        Shards(folder).read_into(dict(model.state_dict()))
+        lowest, *upper = weight_folders(path)
+        upper.reverse()
+    except UserError as error:
+        raise UserError(*(f"model.init_args.init_from: {problem}" for problem in error.problems)) from None
+    try:
+        state, done = dict(model.state_dict()), set[str]()
+        for folder in upper:
+            shards = Shards(folder)
+            shards.read_into({name: state[name] for name in shards.tensors.keys() & state.keys() - done}, done)
+            done |= shards.tensors.keys()
+        folder, shards = lowest, Shards(lowest)
+        lacking = {name for name in state.keys() - done - shards.tensors.keys() if may_lack(name)}
+        shards.read_into({name: tensor for name, tensor in state.items() if name not in done | lacking}, done)
     except CheckpointError as error:
         raise UserError(f"model.init_args.init_from: {error}; its config is not the recipe's") from error
     except (OSError, ValueError) as error:
         raise UserError(f"model.init_args.init_from: {folder} cannot be read: {error}") from error
-
-
-def _weights_folder(path: Path) -> Path:
-    if any(path.glob("*.safetensors")) and not (path / MANIFEST).exists():
-        return path
-    checkpoint = path
-    if not (path / MANIFEST).exists():
-        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found, broken = newest_whole(root)
-        if found is None:
-            advice = "".join(f"; {sentence}" for sentence in broken)
-            raise UserError(f"model.init_args.init_from: {path} holds no weights of a model{advice}")
-        return found / "model"
-    if reason := verify(checkpoint):
-        raise UserError(f"model.init_args.init_from: {checkpoint} is no whole checkpoint: {reason}")
-    return checkpoint / "model"
+    return lacking
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

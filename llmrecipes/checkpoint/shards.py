@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -102,13 +102,16 @@ class Shards:
             if sum(math.prod(chunk.sizes) for chunk in found.chunks) != math.prod(found.size):
                 raise CheckpointError(f"{folder}: slices of {name} are missing")
 
-    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+    def read_into(self, tensors: Mapping[str, Tensor], unwanted: Collection[str] = ()) -> None:
         """Fill ``tensors``, plain or DTensors of any mesh, in place; only the slices held here are read.
+
+        Args:
+            unwanted: names that may be here and are not read.
 
         Raises:
             CheckpointError: names or shapes differ; all that differ are named.
         """
-        if problems := self._differences(tensors):
+        if problems := self._differences(tensors, unwanted):
             raise CheckpointError(f"{self.folder} does not fit: " + "; ".join(problems))
         # A tensor on a mesh without this rank has no slice here.
         own = {name: t for name, t in tensors.items() if not _is_elsewhere(t)}
@@ -117,9 +120,9 @@ class Shards:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
 
-    def _differences(self, tensors: Mapping[str, Tensor]) -> list[str]:
+    def _differences(self, tensors: Mapping[str, Tensor], unwanted: Collection[str]) -> list[str]:
         missing = sorted(tensors.keys() - self.tensors.keys())
-        unexpected = sorted(self.tensors.keys() - tensors.keys())
+        unexpected = sorted(self.tensors.keys() - tensors.keys() - set(unwanted))
         problems = [f"it lacks {', '.join(missing)}"] if missing else []
         problems += [f"it has {', '.join(unexpected)}, unknown here"] if unexpected else []
         for name in sorted(tensors.keys() & self.tensors.keys()):

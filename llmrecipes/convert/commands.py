@@ -26,6 +26,8 @@ class Stage(NamedTuple):
 STAGES = {
     "from-hf": Stage("llmrecipes.convert.from_hf", "from_hf", "a Hugging Face folder as one that fit starts from"),
     "to-hf": Stage("llmrecipes.convert.to_hf", "to_hf", "a run, checkpoint or folder of ours as a Hugging Face folder"),
+    "from-peft": Stage("llmrecipes.convert.peft", "from_peft", "an adapter of PEFT over a model, as one folder"),
+    "to-peft": Stage("llmrecipes.convert.peft", "to_peft", "a trained adapter alone, as PEFT loads it"),
     "upcycle": Stage("llmrecipes.convert.upcycle", "upcycle", "a dense model as a mixture of experts, to train on"),
     "consolidate": Stage(
         "llmrecipes.convert.consolidate", "consolidate", "one safetensors folder of a checkpoint that many ranks wrote"

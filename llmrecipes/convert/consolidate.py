@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llmrecipes.checkpoint import checkpoints, newest_whole, verify
+from llmrecipes.checkpoint import checkpoints, newest_whole, verify, weight_folders
 from llmrecipes.checkpoint.durable import sync_folder, write_file
 from llmrecipes.checkpoint.shards import SHARDING_INFO
 from llmrecipes.checkpoint.tensor_file import Slot, file_order, header, read_header
@@ -66,7 +66,9 @@ def consolidate(src: str, dst: str, part: Literal["model", "optimizer"] = "model
         raise UserError(f"{target} exists already; name a new folder, or remove it")
     if max_shard_gb <= 0:
         raise UserError(f"--max_shard_gb {max_shard_gb}: must be larger than 0")
-    tensors = read_slices(source / part)
+    tensors: dict[str, Pieces] = {}
+    for folder in weight_folders(source) if part == "model" else [source / part]:
+        tensors |= read_slices(folder)
     if not tensors:
         raise UserError(f"{source}/{part} holds no tensors")
     total = sum(tensor.bytes for tensor in tensors.values())
@@ -100,10 +102,10 @@ def read_slices(folder: Path) -> dict[str, Pieces]:
     tensors: dict[str, Pieces] = {}
     for path in sorted(folder.glob("*.safetensors")):
         slots, metadata = read_header(path)
-        places = json.loads(metadata[SHARDING_INFO])
+        places = json.loads(metadata.get(SHARDING_INFO, "{}"))
         for name, slot in slots.items():
             tensor = tensors.setdefault(name, Pieces(slot.dtype))
-            offsets = tuple(places[name]["saved_offsets"])
+            offsets = tuple(places[name]["saved_offsets"]) if places else (0,) * len(slot.shape)
             end = tuple(o + n for o, n in zip(offsets, slot.shape, strict=True))
             tensor.shape = tuple(map(max, tensor.shape, end)) if tensor.slices else end
             tensor.slices.append(Slice(path, slot, offsets))

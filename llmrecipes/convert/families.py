@@ -105,6 +105,11 @@ def hf_family(config: ModelConfig) -> str:
     Raises:
         UserError: there is none; every option that stands in the way of the nearest one is named.
     """
+    if config.lora is not None:
+        raise UserError(
+            "no Hugging Face architecture has low-rank adapters: fold them into the weights (llmrecipes merge fold), "
+            "or write one adapter alone (llmrecipes convert to-peft)"
+        )
     family = _nearest(config)
     found = list(_obstacles(config, family))
     if found:
@@ -286,6 +291,8 @@ def _experts(config: ModelConfig, family: str) -> Iterator[str]:
         return
     if config.num_moe_layers != config.num_layers and family not in ("qwen2_moe", "qwen3_moe"):
         yield f"{config.num_layers - config.num_moe_layers} layers without experts"
+    if config.moe.router != "per_mlp":
+        yield f"moe.router: {config.moe.router}"
     if len(set(config.layer_experts)) > 1:
         yield "moe.experts_per_layer: layers with different numbers of experts"
     if config.moe.residual:

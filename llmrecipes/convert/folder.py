@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from llmrecipes.checkpoint import read_info
+from llmrecipes.checkpoint import read_info, weight_folders
 from llmrecipes.convert.config_in import read_config
 from llmrecipes.convert.consolidate import find_checkpoint
 from llmrecipes.convert.names import Part, has_no_twin, our_shapes
@@ -128,7 +128,7 @@ def open_source(path: Path) -> Source:
 
 
 def _hugging_face(path: Path) -> Source:
-    hf = _json(path / "config.json")
+    hf = json_file(path / "config.json")
     config, left_out = read_config(hf)
     return Source(
         path,
@@ -138,7 +138,7 @@ def _hugging_face(path: Path) -> Source:
         hugging_face=True,
         hf=hf,
         tokenizer=path if _has_tokenizer(path) else None,
-        generation=_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {},
+        generation=json_file(path / "generation_config.json") if (path / "generation_config.json").exists() else {},
         max_seq_len=config.max_seq_len,
     )
 
@@ -151,7 +151,7 @@ def _ours(path: Path) -> Source:
     if _has_tokenizer(path):
         source.tokenizer = path
     if (path / "generation_config.json").exists():
-        source.generation = _json(path / "generation_config.json")
+        source.generation = json_file(path / "generation_config.json")
     return source
 
 
@@ -161,7 +161,7 @@ def _checkpoint(path: Path) -> Source:
     recipe = _yaml(recipe_file) if recipe_file.exists() else {}
     recorded = (read_info(path).get("progress") or {}).get("trajectory") or {}
     config = _config({"model": {"init_args": recorded["model"]}} if "model" in recorded else recipe, path)
-    return _from_recipe(Source(path, config, WeightFiles(path / "model")), recipe)
+    return _from_recipe(Source(path, config, WeightFiles(*weight_folders(path))), recipe)
 
 
 def _from_recipe(source: Source, recipe: dict[str, Any]) -> Source:
@@ -265,7 +265,12 @@ def _has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_file(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        UserError: not readable, or something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -88,15 +88,11 @@ def write_model_folder(folder: Path, target: Path, source: Source, tokenizer: To
 
 def recipe_part(config: ModelConfig, target: Path, with_tokenizer: bool) -> str:
     """``model.yaml``: the part of a recipe that says what to train and from where."""
-    recipe: dict[str, object] = {
-        "model": {
-            "init_args": {
-                "config": asdict(config),
-                "expected_params": config.num_params,
-                "init_from": str(target),
-            },
-        }
-    }
+    sizes = asdict(config)
+    if config.lora is None:
+        del sizes["lora"]  # a recipe that adds adapters to this model keeps its own
+    arguments = {"config": sizes, "expected_params": config.num_params, "init_from": str(target)}
+    recipe: dict[str, object] = {"model": {"init_args": arguments}}
     if with_tokenizer:
         recipe["data"] = {"init_args": {"tokenizer": str(target)}}
     head = (

@@ -69,8 +69,8 @@ def our_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def has_no_twin(name: str) -> bool:
-    """Whether a tensor of ours exists nowhere else: the router's balancing bias."""
-    return name.endswith("mlp.gate.bias")
+    """Whether a tensor of ours exists nowhere else: a router's balancing bias."""
+    return name.endswith(("mlp.gate.bias", ".router.bias"))
 
 
 def parts(config: ModelConfig, source: str | None = None, fused: bool = False) -> list[Part]:

@@ -121,6 +121,8 @@ def mixture_config(dense: ModelConfig, experts: int, top_k: int, renormalize: bo
     """
     if dense.moe is not None:
         raise UserError(f"upcycle: the model has {max(dense.layer_experts)} experts already; it must be dense")
+    if dense.lora is not None:
+        raise UserError("upcycle: the model has adapters; fold them first (llmrecipes merge fold)")
     if dense.bias:
         raise UserError("upcycle: the feed-forward network has biases (bias: true), which experts have not")
     assert dense.ffn_dim is not None
@@ -147,7 +149,7 @@ def _recipe(
         return partial(torch.zeros, shape), torch.float32
     if name.endswith("mlp.gate.weight"):
         dtype = dense.dtype(f"{block}.mlp.down.weight")
-        return partial(_router, name, shape, router, divergence.seed, dtype), dtype
+        return partial(draw_router, name, shape, router, divergence.seed, dtype), dtype
     if ".mlp.experts." not in name:
         return partial(dense.read, name), dense.dtype(name)
     down = name.endswith("down_proj")
@@ -157,7 +159,8 @@ def _recipe(
     return make, dense.dtype(origin)
 
 
-def _router(name: str, shape: torch.Size, kind: str, seed: int, dtype: torch.dtype) -> Tensor:
+def draw_router(name: str, shape: torch.Size, kind: str, seed: int, dtype: torch.dtype) -> Tensor:
+    """The weights of a router: N(0, 0.02) by name and seed, or ``zero``."""
     if kind == "zero":
         return torch.zeros(shape, dtype=dtype)
     return torch.empty(shape).normal_(0.0, ROUTER_STD, generator=_generator(name, seed)).to(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmrecipes.convert.folder import Source, load_decoder
 from llmrecipes.errors import UserError
 from llmrecipes.models import Decoder
-from llmrecipes.models.moe import Router
+from llmrecipes.models.router import Router
 from llmrecipes.recipe.model_config import ModelConfig
 
 # What fp32 sums in another order may differ by; and how close two router logits are that rounding may swap.

@@ -33,39 +33,20 @@ class Stored:
 
 
 class WeightFiles:
-    """The tensors of a folder; nothing but headers is read before it is asked for.
+    """The tensors of folders; nothing but headers is read before it is asked for.
 
     Args:
-        folder: holds ``*.safetensors``.
+        folders: each holds ``*.safetensors``; what a later one has takes the place of an earlier one's.
 
     Raises:
         UserError: there is none, or a file is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        paths = _listed(folder)
-        if not paths:
-            raise UserError(f"{folder}: no *.safetensors in it{_other_weights(folder)}")
+    def __init__(self, *folders: Path) -> None:
+        self.folder = folders[-1]
         self.tensors: dict[str, Stored] = {}
-        for path in paths:
-            try:
-                self._add(path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-
-    def _add(self, path: Path) -> None:
-        slots, metadata = read_header(path)
-        size = path.stat().st_size
-        places = json.loads(metadata.get(SHARDING_INFO, "{}"))
-        for name, slot in slots.items():
-            if slot.begin + slot.bytes > size:
-                raise ValueError(f"it ends before {name} does")
-            stored = self.tensors.setdefault(name, Stored(slot.dtype))
-            begin = tuple(places[name]["saved_offsets"]) if places else (0,) * len(slot.shape)
-            end = tuple(o + n for o, n in zip(begin, slot.shape, strict=True))
-            stored.shape = tuple(map(max, stored.shape, end)) if stored.slices else end
-            stored.slices.append((path, slot, begin))
+        for folder in folders:
+            self.tensors |= _stored(folder)
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -103,6 +84,34 @@ class WeightFiles:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
+
+
+def _stored(folder: Path) -> dict[str, Stored]:
+    """What the headers of a folder's files say."""
+    paths = _listed(folder)
+    if not paths:
+        raise UserError(f"{folder}: no *.safetensors in it{_other_weights(folder)}")
+    tensors: dict[str, Stored] = {}
+    for path in paths:
+        try:
+            _add(path, tensors)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    return tensors
+
+
+def _add(path: Path, tensors: dict[str, Stored]) -> None:
+    slots, metadata = read_header(path)
+    size = path.stat().st_size
+    places = json.loads(metadata.get(SHARDING_INFO, "{}"))
+    for name, slot in slots.items():
+        if slot.begin + slot.bytes > size:
+            raise ValueError(f"it ends before {name} does")
+        stored = tensors.setdefault(name, Stored(slot.dtype))
+        begin = tuple(places[name]["saved_offsets"]) if places else (0,) * len(slot.shape)
+        end = tuple(o + n for o, n in zip(begin, slot.shape, strict=True))
+        stored.shape = tuple(map(max, stored.shape, end)) if stored.slices else end
+        stored.slices.append((path, slot, begin))
 
 
 def _read(path: Path, slot: Slot, wanted: list[tuple[int, int]]) -> Tensor:

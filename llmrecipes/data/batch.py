@@ -21,6 +21,8 @@ class Batch:
         document_lengths: per row the lengths of its documents, which sum to T; None = every row is one document.
         token_mask: [B, T], True = a real token; None = all are.
         first_row: place of the first row in the global batch.
+        document_prefixes: per row, how many first tokens of the document before it each document goes on from; None =
+            none does.
     """
 
     tokens: LongTensor | Tensor
@@ -28,6 +30,7 @@ class Batch:
     document_lengths: list[list[int]] | None = None
     token_mask: BoolTensor | Tensor | None = None
     first_row: int = 0
+    document_prefixes: list[list[int]] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device; Lightning calls this."""
@@ -38,17 +41,19 @@ class Batch:
             self.document_lengths,
             None if mask is None else mask.to(device, non_blocking=non_blocking),
             self.first_row,
+            self.document_prefixes,
         )
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows start .. stop - 1 (a micro-batch), without copying."""
-        lengths, mask = self.document_lengths, self.token_mask
+        lengths, prefixes, mask = self.document_lengths, self.document_prefixes, self.token_mask
         return Batch(
             self.tokens[start:stop],
             self.labels[start:stop],
             None if lengths is None else lengths[start:stop],
             None if mask is None else mask[start:stop],
             self.first_row + start,
+            None if prefixes is None else prefixes[start:stop],
         )
 
     @property

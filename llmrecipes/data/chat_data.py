@@ -50,14 +50,23 @@ class ExampleRows:
     """Examples of a file packed into rows of ``seq_len`` positions.
 
     An example is ``size`` conversations that follow each other. A conversation of n ids takes n - 1 positions: its
-    last id is only predicted.
+    last id is only predicted. The first ``shared`` ones are left out where the conversation before it has them.
     """
 
-    def __init__(self, encoded: Encoded, size: int, chosen: np.ndarray, seq_len: int, pack: bool, what: str) -> None:
+    def __init__(
+        self,
+        encoded: Encoded,
+        size: int,
+        shared: np.ndarray,
+        chosen: np.ndarray,
+        seq_len: int,
+        pack: bool,
+        what: str,
+    ) -> None:
         if not len(chosen):
             raise UserError(f"{what}: no example in it")
-        self.encoded, self.size = encoded, size
-        lengths = (np.diff(encoded.starts) - 1).reshape(-1, size).sum(1)[chosen]
+        self.encoded, self.size, self.shared = encoded, size, shared
+        lengths = (np.diff(encoded.starts) - 1 - shared).reshape(-1, size).sum(1)[chosen]
         rows = best_fit(lengths, seq_len) if pack else [[n] for n in range(len(chosen))]
         self.rows = [chosen[row] for row in rows]
         self.num_examples = len(chosen)
@@ -66,18 +75,21 @@ class ExampleRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def fill(self, row: int, tokens: np.ndarray, labels: np.ndarray) -> list[int]:
-        """Write a row into ``tokens`` and ``labels`` [T]; returns the lengths of its conversations."""
+    def fill(self, row: int, tokens: np.ndarray, labels: np.ndarray) -> tuple[list[int], list[int]]:
+        """Write a row into ``tokens`` and ``labels`` [T]; returns the lengths of its conversations, and of what was
+        left out of each."""
         ids, trained, starts, _ = self.encoded
-        lengths, at = [], 0
+        lengths, prefixes, at = [], [], 0
         for conversation in (self.rows[row][:, None] * self.size + np.arange(self.size)).ravel().tolist():
-            first, last = starts[conversation], starts[conversation + 1] - 1
+            prefix = int(self.shared[conversation])
+            first, last = starts[conversation] + prefix, starts[conversation + 1] - 1
             length = int(last - first)
             tokens[at : at + length] = ids[first:last]
             labels[at : at + length] = np.where(trained[first + 1 : last + 1], ids[first + 1 : last + 1], IGNORE)
             lengths.append(length)
+            prefixes.append(prefix)
             at += length
-        return lengths
+        return lengths, prefixes
 
 
 class ConversationData(StepData):
@@ -123,6 +135,10 @@ class ConversationData(StepData):
             UserError: a line cannot be read, or the template cannot be trained with.
         """
         raise NotImplementedError  # pragma: no cover - abstract
+
+    def shared(self, encoded: Encoded) -> np.ndarray:
+        """How many first ids of each conversation are left out, because the one before it has them, [conversations]."""
+        return np.zeros(len(encoded.starts) - 1, np.int64)
 
     # ---- before step 1
 
@@ -218,7 +234,8 @@ class ConversationData(StepData):
 
         def rows(path: str, chosen: np.ndarray, what: str) -> ExampleRows | None:
             try:
-                return ExampleRows(self._encoded[path], self.size, chosen, self.seq_len, self.pack, what)
+                encoded = self._encoded[path]
+                return ExampleRows(encoded, self.size, self.shared(encoded), chosen, self.seq_len, self.pack, what)
             except UserError as error:
                 problems.extend(error.problems)
                 return None
@@ -242,15 +259,18 @@ class ConversationData(StepData):
         shape = (len(source), self.seq_len)
         tokens, labels = self._buffers.take(shape), self._buffers.take(shape)
         real = torch.zeros(shape, dtype=torch.bool)
-        lengths = []
+        lengths, prefixes = [], []
         for row, (s, w) in enumerate(zip(source.tolist(), window.tolist(), strict=True)):
-            found = sources[s].fill(w, tokens[row], labels[row])
+            found, left_out = sources[s].fill(w, tokens[row], labels[row])
             used = sum(found)
             tokens[row, used:], labels[row, used:] = 0, IGNORE
             real[row, :used] = True
             # padding is a document of its own: nothing real sees it
-            lengths.append(found + [self.seq_len - used] * (used < self.seq_len))
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths, real)
+            rest = used < self.seq_len
+            lengths.append(found + [self.seq_len - used] * rest)
+            prefixes.append(left_out + [0] * rest)
+        shared = prefixes if any(map(any, prefixes)) else None
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths, real, 0, shared)
 
     # ---- facts
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmrecipes.data.batch import IGNORE, Batch
-from llmrecipes.data.chat_data import ConversationData, ExampleRows, at_line
+from llmrecipes.data.chat_data import ConversationData, Encoded, ExampleRows, at_line
 from llmrecipes.data.chat_examples import ChatEncoder, Counts, Example
 from llmrecipes.data.conversations import Message, check_messages, read_objects, refuse
 
@@ -41,7 +41,14 @@ class PreferenceBatch(Batch):
     def of(batch: Batch, pairs: list[list[int]] | None, answers: list[list[int]] | None) -> PreferenceBatch:
         """A batch whose rows hold these pairs."""
         return PreferenceBatch(
-            batch.tokens, batch.labels, batch.document_lengths, batch.token_mask, batch.first_row, pairs, answers
+            batch.tokens,
+            batch.labels,
+            batch.document_lengths,
+            batch.token_mask,
+            batch.first_row,
+            batch.document_prefixes,
+            pairs,
+            answers,
         )
 
     @property
@@ -74,6 +81,7 @@ class PreferencePairs(ConversationData):
         global_batch: rows per optimizer step over all data ranks.
         template: ``instruction_ja``, ``alpaca``, ``chatml`` or a jinja file; ``null`` = the tokenizer's own.
         pack: put pairs that fit together into one row; false = one pair per row.
+        share_prompts: compute what both answers of a pair follow once, not twice.
         valid: name -> JSONL file of a validation set, used whole. ``null``: the validation part of each train file.
         split: shares of training and validation pairs of each train file, drawn once and for all.
         seed: of the data order; independent of the model's.
@@ -92,6 +100,7 @@ class PreferencePairs(ConversationData):
         global_batch: int,
         template: str | None = None,
         pack: bool = True,
+        share_prompts: bool = True,
         valid: dict[str, str] | None = None,
         split: str = "95,5",
         seed: int = 0,
@@ -113,6 +122,23 @@ class PreferencePairs(ConversationData):
             valid_batches,
             cache,
         )
+        self.share_prompts = share_prompts
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides which tokens step s sees."""
+        return super().fingerprint() | {"share_prompts": self.share_prompts}
+
+    def shared(self, encoded: Encoded) -> np.ndarray:
+        """How many first ids of each conversation are left out, because the one before it has them, [conversations].
+
+        Of a rejected answer's: all but the last id of what it has in common with the chosen one's, whose prediction is
+        its own.
+        """
+        left_out = super().shared(encoded)
+        if self.share_prompts:
+            for rejected in range(1, len(left_out), 2):
+                left_out[rejected] = common_prompt(*(_conversation(encoded, i) for i in (rejected - 1, rejected))) - 1
+        return left_out
 
     def read(self, path: str, encoder: ChatEncoder, counts: Counts) -> Iterator[list[Example] | None]:
         """One pair a line."""
@@ -139,13 +165,18 @@ class PreferencePairs(ConversationData):
         pair = [encoder.encode(side, one) for side in sides]
         if None in pair:
             counts.drop(next(iter(one.dropped)))
-        elif sum(len(side.ids) - 1 for side in pair if side) > self.seq_len:
+        elif self._positions([side for side in pair if side]) > self.seq_len:
             counts.drop(f"chosen and rejected together are longer than seq_len {self.seq_len}")
         else:
             counts.kept += 1
             counts.notes += one.notes
             return [side for side in pair if side is not None]
         return None
+
+    def _positions(self, pair: list[Example]) -> int:
+        """Positions that a pair takes in a row."""
+        both = sum(len(side.ids) - 1 for side in pair)
+        return both - (common_prompt(*pair) - 1 if self.share_prompts else 0)
 
     @property
     def num_pairs(self) -> int:
@@ -186,6 +217,18 @@ class PreferencePairs(ConversationData):
         """These rows as a batch."""
         sources = [source for source, _ in rows]
         return self._collate(sources, np.arange(len(rows)), np.array([row for _, row in rows]))
+
+
+def common_prompt(chosen: Example, rejected: Example) -> int:
+    """How many first ids two conversations share, before the first that is trained on; at least 1."""
+    longest = min(int(side.trained.argmax()) for side in (chosen, rejected))
+    differs = chosen.ids[:longest] != rejected.ids[:longest]
+    return max(1, int(differs.argmax()) if differs.any() else longest)
+
+
+def _conversation(encoded: Encoded, number: int) -> Example:
+    part = slice(encoded.starts[number], encoded.starts[number + 1])
+    return Example(encoded.ids[part], encoded.trained[part])
 
 
 def pair_of(record: dict[str, Any]) -> list[list[Message]]:

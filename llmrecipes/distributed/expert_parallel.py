@@ -22,11 +22,15 @@ def divide_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     """Give each process of ``mesh`` [expert] its equal part of every layer's experts, in place.
 
     Raises:
-        UserError: their number is not divisible.
+        UserError: their number is not divisible, or there are none.
     """
-    for module in model.modules():
-        if isinstance(module, MoE):
-            _divide(module.experts, mesh)
+    found = [module.experts for module in model.modules() if isinstance(module, MoE)]
+    if not found:
+        raise UserError(
+            "trainer.strategy: expert_parallel divides the experts of moe with router per_mlp; there are none"
+        )
+    for experts in found:
+        _divide(experts, mesh)
 
 
 def _divide(experts: Experts, mesh: DeviceMesh) -> None:
@@ -35,7 +39,7 @@ def _divide(experts: Experts, mesh: DeviceMesh) -> None:
         raise UserError(f"trainer.strategy: expert_parallel {parts} does not divide the {count} experts of a layer")
     for name, parameter in list(experts.named_parameters(recurse=False)):
         divided = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
-        setattr(experts, name, nn.Parameter(divided))
+        setattr(experts, name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
     experts.run = _Travel(mesh.get_group(), parts, count)
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard
 
 from llmrecipes.errors import UserError
 from llmrecipes.models.moe import MoE
+from llmrecipes.models.router import Router
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,11 @@ def shard_model(model: nn.Module, sharding: Sharding) -> None:
     Routers are units of their own that stay in fp32: a choice between experts must not depend on bf16 rounding.
     """
     for block in model.layers:  # type: ignore[union-attr]
-        if isinstance(block.mlp, MoE):
-            _shard_moe(block.mlp, sharding)
+        if isinstance(block.mlp, MoE) and sharding.expert_mesh is not None:
+            _shard_experts(block.mlp.experts, sharding, sharding.expert_mesh)
+        for module in block.modules():
+            if isinstance(module, Router) and sharding.compute_dtype is not None:
+                _shard(module, sharding, None, sharding.mesh)
         _shard(block, sharding, sharding.compute_dtype, sharding.mesh)
     # The root stays gathered until the backward pass: the loss multiplies by the head after the forward pass.
     _shard(model, replace(sharding, reshard_after_forward=False), sharding.compute_dtype, sharding.mesh)
@@ -62,13 +66,8 @@ def shard_model(model: nn.Module, sharding: Sharding) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _shard_moe(moe: MoE, sharding: Sharding) -> None:
-    if sharding.expert_mesh is not None:
-        mesh = sharding.expert_mesh
-        mesh = mesh["expert_shard"] if mesh.size(0) == 1 else mesh
-        _shard(moe.experts, sharding, sharding.compute_dtype, mesh)
-    if sharding.compute_dtype is not None:
-        _shard(moe.gate, sharding, None, sharding.mesh)
+def _shard_experts(experts: nn.Module, sharding: Sharding, mesh: DeviceMesh) -> None:
+    _shard(experts, sharding, sharding.compute_dtype, mesh["expert_shard"] if mesh.size(0) == 1 else mesh)
 
 
 def _shard(module: nn.Module, sharding: Sharding, dtype: torch.dtype | None, mesh: DeviceMesh) -> None:

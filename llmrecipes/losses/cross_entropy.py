@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 2**19  # softmax runs over blocks of rows small enough to stay 
 
 class _Grads(NamedTuple):
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
 
 
 def _block_loss(logits: Tensor, labels: Tensor, scratch: Tensor, want_grad: bool) -> Tensor:
@@ -36,7 +36,13 @@ def _block_loss(logits: Tensor, labels: Tensor, scratch: Tensor, want_grad: bool
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, vocab_size: int, want_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int,
+    vocab_size: int,
+    want_grad: bool,
+    want_weight: bool = False,
 ) -> tuple[Tensor, Any]:
     """Loss sum and, if wanted, the gradients of ``hidden`` (its type) and ``weight`` (fp32, fp64 for fp64)."""
     rows, vocab = hidden.shape[0], weight.shape[0]
@@ -48,7 +54,9 @@ def _forward(
     scratch = hidden.new_empty(block, vocab_size, dtype=wide)
     grads = None
     if want_grad:
-        grads = _Grads(torch.empty_like(hidden), torch.zeros(weight.shape, dtype=wide, device=weight.device))
+        # A frozen head needs none: it would be as large as the head, in fp32.
+        of_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if want_weight else None
+        grads = _Grads(torch.empty_like(hidden), of_weight)
     for start in range(0, rows, chunk_size):
         part = hidden[start : start + chunk_size]
         logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
@@ -56,6 +64,8 @@ def _forward(
             loss += _block_loss(piece, targets, scratch, want_grad)
         if grads is not None:
             torch.mm(logits, weight, out=grads.hidden[start : start + chunk_size])
+            if grads.weight is None:
+                continue
             if wide == hidden.dtype:
                 grads.weight.addmm_(logits.t(), part)
             else:
@@ -70,15 +80,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, vocab_size: int, dtype: torch.dtype
     ) -> Tensor:
-        loss, grads = _forward(hidden.to(dtype), weight.to(dtype), labels, chunk_size, vocab_size, want_grad=True)
-        ctx.save_for_backward(grads.hidden.to(hidden.dtype), grads.weight.to(weight.dtype))
+        loss, grads = _forward(
+            hidden.to(dtype), weight.to(dtype), labels, chunk_size, vocab_size, True, ctx.needs_input_grad[1]
+        )
+        of_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
+        ctx.save_for_backward(grads.hidden.to(hidden.dtype), of_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype)
-        return *scaled, None, None, None, None
+        of_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        of_weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
+        return of_hidden, of_weight, None, None, None, None
 
 
 def linear_cross_entropy(

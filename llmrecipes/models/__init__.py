@@ -6,6 +6,7 @@ from llmrecipes.models.generation import Continuation, generate, generate_batch
 from llmrecipes.models.init import init_weights
 from llmrecipes.models.moe import Routing
 from llmrecipes.models.sampling import Sampling
+from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Decoder",
     "DecoderOutput",
     "KVCache",
+    "LoraConfig",
+    "LoraExperts",
     "MoEConfig",
     "ModelConfig",
     "RopeScaling",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmrecipes.models.context import SequenceContext
 from llmrecipes.models.layers import make_norm
+from llmrecipes.models.lora import Routes, apply_linear, make_linear
 from llmrecipes.models.rotary import apply_rotary
 from llmrecipes.recipe.model_config import ModelConfig
 
@@ -22,8 +23,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.window = layer, config.window_of(layer)
         self.num_heads, self.kv_heads, self.width = config.num_heads, config.kv_heads, config.head_width
-        self.qkv = nn.Linear(config.dim, (self.num_heads + 2 * self.kv_heads) * self.width, bias=config.qkv_bias)
-        self.out = nn.Linear(self.num_heads * self.width, config.dim, bias=config.has_out_bias)
+        query, key = self.num_heads * self.width, self.kv_heads * self.width
+        self.qkv = make_linear(config, layer, config.dim, {"q": query, "k": key, "v": key}, config.qkv_bias)
+        self.out = make_linear(config, layer, query, {"o": config.dim}, config.has_out_bias)
         self.norm_per_head = config.qk_norm_scope == "head"
         widths = (1, 1) if self.norm_per_head else (self.num_heads, self.kv_heads)
         self.q_norm = make_norm(config, widths[0] * self.width) if config.qk_norm else None
@@ -31,11 +33,11 @@ class Attention(nn.Module):
         self.dropout, self.scale = config.dropout, config.attention_scale
         self.rotary, self.window_theta = config.is_rotary_layer(layer), config.uses_window_theta(layer)
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """Mix ``x`` [B, T, dim] along T; returns [B, T, dim]."""
+    def forward(self, x: Tensor, context: SequenceContext, routes: Routes | None = None) -> Tensor:
+        """Mix ``x`` [B, T, dim] along T; returns [B, T, dim]. Routers of adapters write down in ``routes``."""
         rows, length, _ = x.shape
         q_size, kv_size = self.num_heads * self.width, self.kv_heads * self.width
-        query, key, value = self.qkv(x).split([q_size, kv_size, kv_size], dim=-1)
+        query, key, value = apply_linear(self.qkv, x, routes).split([q_size, kv_size, kv_size], dim=-1)
         if not self.norm_per_head:
             query, key = self._normed(query, key)
         query = query.view(rows, length, self.num_heads, self.width)
@@ -49,7 +51,7 @@ class Attention(nn.Module):
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
         mixed = attend(query, key, value, context, self.window, self.dropout if self.training else 0.0, self.scale)
-        return self.out(mixed.reshape(rows, length, q_size))
+        return apply_linear(self.out, mixed.reshape(rows, length, q_size), routes)
 
     def _angles(self, context: SequenceContext) -> tuple[Tensor, Tensor]:
         if self.window_theta:
@@ -113,12 +115,37 @@ def _attend_documents(
     assert context.lengths is not None
     varlen = context.cu_seqlens is not None and query.dtype in (torch.bfloat16, torch.float16)
     if varlen and context.bias is None and dropout == 0.0:
-        return _attend_varlen(query, key, value, context, window, scale)
-    # One call per document costs far less than one call with a [T, T] mask, and the borders are known on the host.
-    mask = _mask(context, window)
-    flat = [x.flatten(0, 1).unsqueeze(0).split(context.lengths, dim=1) for x in (query, key, value)]
-    mixed = [_attend_rows(q, k, v, mask, dropout, scale) for q, k, v in zip(*flat, strict=True)]
-    return torch.cat(mixed, dim=1).view(query.shape)
+        q, k, v = (_flat_documents(x, context.lengths, context.prefixes) for x in (query, key, value))
+        mixed = list(_attend_varlen(q, k, v, context, window, scale).split(context.spans))
+    else:
+        # One call per document costs far less than one call with a [T, T] mask, and the borders are known on the host.
+        mask = _mask(context, window)
+        documents = [_documents(x, context.lengths, context.prefixes) for x in (query, key, value)]
+        rows = [_attend_rows(q, k, v, mask, dropout, scale) for q, k, v in zip(*documents, strict=True)]
+        mixed = [row.squeeze(0) for row in rows]
+    if context.prefixes is not None:
+        mixed = [part[prefix:] for part, prefix in zip(mixed, context.prefixes, strict=True)]
+    return torch.cat(mixed).view(query.shape)
+
+
+def _flat_documents(x: Tensor, lengths: list[int], prefixes: list[int] | None) -> Tensor:
+    """All documents of ``x``, prefixes included, one after the other, [S, heads, width]."""
+    return x.flatten(0, 1) if prefixes is None else torch.cat(_documents(x, lengths, prefixes), dim=1).squeeze(0)
+
+
+def _documents(x: Tensor, lengths: list[int], prefixes: list[int] | None) -> list[Tensor]:
+    """Each document of ``x`` [B, T, heads, width] as [1, n, heads, width], with what it goes on from before it.
+
+    The prefix takes part as queries too, for nothing: scores are the small part of a layer, and every kernel and mask
+    then fits as it is.
+    """
+    parts = list(x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1))
+    if prefixes is None:
+        return parts
+    return [
+        torch.cat([parts[i - 1][:, :prefix], part], dim=1) if prefix else part
+        for i, (part, prefix) in enumerate(zip(parts, prefixes, strict=True))
+    ]
 
 
 def _attend_rows(
@@ -147,22 +174,22 @@ def _attend_rows(
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None, scale: float | None
 ) -> Tensor:
-    """All documents in one launch of FlashAttention (CUDA, half precision)."""
+    """All documents, [S, heads, width] one after the other, in one launch of FlashAttention (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert context.lengths is not None and context.cu_seqlens is not None
-    longest = max(context.lengths)
+    assert context.cu_seqlens is not None
+    longest = max(context.spans)
     mixed = varlen_attn(
-        query.flatten(0, 1),
-        key.flatten(0, 1),
-        value.flatten(0, 1),
+        query,
+        key,
+        value,
         context.cu_seqlens,
         context.cu_seqlens,
         longest,
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),  # nothing to the right: causal
-        enable_gqa=query.shape[2] != key.shape[2],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(mixed, Tensor)
-    return mixed.view(query.shape)
+    return mixed

@@ -21,12 +21,14 @@ class SequenceContext:
     Attributes:
         positions: place of each token in its document, [B, T], or [1, T] when every row is one document from column 0.
         lengths: length of each document, row after row (they sum to B * T); None = one document per row.
+        prefixes: how many first tokens of the document before it each document goes on from; None = none does.
         cos, sin: rotary angles, [B|1, T, width / 2], fp32 (fp64 for fp64 models); None without rotary positions.
         window_rotary: the same for layers with a sliding window, where these have a base of their own.
-        bias: ALiBi bias of the longest document, [heads, queries, keys]; None without ALiBi.
+        bias: ALiBi bias of the longest document, prefix included, [heads, queries, keys]; None without ALiBi.
         window: what a query of the longest document sees in layers with a sliding window, [queries, keys]; None when
             that is all before it.
-        cu_seqlens: borders of the documents for the CUDA kernel, [documents + 1] int32; None elsewhere.
+        cu_seqlens: borders of the documents, prefixes included, for the CUDA kernel, [documents + 1] int32; None
+            elsewhere.
         cache: keys and values of earlier tokens, or None.
         visible: which keys each query may see where rows begin with padding, [B, 1, T, keys]; None without padding.
     """
@@ -41,6 +43,15 @@ class SequenceContext:
     cache: KVCache | None = None
     visible: Tensor | None = None
     window_rotary: tuple[Tensor, Tensor] | None = None
+    prefixes: list[int] | None = None
+
+    @property
+    def spans(self) -> list[int]:
+        """Tokens of each document, its prefix included."""
+        assert self.lengths is not None
+        if self.prefixes is None:
+            return self.lengths
+        return [length + prefix for length, prefix in zip(self.lengths, self.prefixes, strict=True)]
 
 
 def _flat_lengths(document_lengths: list[list[int]] | None, rows: int, row_length: int) -> list[int] | None:
@@ -50,6 +61,22 @@ def _flat_lengths(document_lengths: list[list[int]] | None, rows: int, row_lengt
     for row in document_lengths:
         assert sum(row) == row_length, f"documents of {sum(row)} tokens in a row of {row_length}"
     return [length for row in document_lengths for length in row if length]
+
+
+def _flat_prefixes(
+    document_prefixes: list[list[int]] | None, document_lengths: list[list[int]] | None
+) -> list[int] | None:
+    if document_prefixes is None or not any(map(any, document_prefixes)):
+        return None
+    assert document_lengths is not None, "prefixes of documents without their lengths"
+    flat = []
+    for lengths, prefixes in zip(document_lengths, document_prefixes, strict=True):
+        before = 0
+        for length, prefix in zip(lengths, prefixes, strict=True):
+            assert prefix <= before, f"a document goes on from {prefix} tokens of one that has {before}"
+            flat += [prefix] * (length > 0)
+            before = 0 if prefix else length  # nothing goes on from what goes on itself
+    return flat
 
 
 def window_mask(window: int | None, length: int, start: int, device: torch.device) -> Tensor | None:
@@ -70,11 +97,15 @@ def make_context(
     dtype: torch.dtype,
     document_lengths: list[list[int]] | None = None,
     cache: KVCache | None = None,
+    document_prefixes: list[list[int]] | None = None,
 ) -> SequenceContext:
     """Work out the context of ``tokens`` [B, T]; angles and biases are computed in ``dtype`` (fp32 or fp64)."""
     rows, row_length = tokens.shape
     device = tokens.device
     lengths = _flat_lengths(document_lengths, rows, row_length)
+    prefixes = _flat_prefixes(document_prefixes, document_lengths)
+    assert prefixes is None or lengths is not None
+    spans: list[int] = []
     start = cache.length if cache is not None else 0
     assert cache is None or lengths is None, "a cache holds one document per row"
     positions = torch.arange(start, start + row_length, device=device)[None]
@@ -84,9 +115,11 @@ def make_context(
         visible = visible_keys(cache.padding, start, row_length)
     longest = start + row_length
     if lengths is not None:
-        longest = max(lengths, default=0)
+        spans = lengths if prefixes is None else [n + p for n, p in zip(lengths, prefixes, strict=True)]
+        longest = max(spans, default=0)
         sizes = torch.tensor(lengths)
-        starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+        before = sizes.cumsum(0) - sizes
+        starts = torch.repeat_interleave(before if prefixes is None else before - torch.tensor(prefixes), sizes)
         positions = (torch.arange(rows * row_length) - starts).view(rows, row_length).to(device, non_blocking=True)
     cos = sin = bias = cu_seqlens = window_rotary = None
     if config.positions == "rope":
@@ -100,6 +133,8 @@ def make_context(
         bias = alibi_bias(config.num_heads, longest, start, dtype, device)
     window = window_mask(config.sliding_window, longest, start, device)
     if lengths is not None and device.type == "cuda":
-        borders = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+        borders = torch.nn.functional.pad(torch.tensor(spans).cumsum(0), (1, 0)).int()
         cu_seqlens = borders.to(device, non_blocking=True)
-    return SequenceContext(positions, lengths, cos, sin, bias, window, cu_seqlens, cache, visible, window_rotary)
+    return SequenceContext(
+        positions, lengths, cos, sin, bias, window, cu_seqlens, cache, visible, window_rotary, prefixes
+    )

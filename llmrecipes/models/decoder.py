@@ -12,6 +12,8 @@ from llmrecipes.models.attention import Attention
 from llmrecipes.models.cache import KVCache
 from llmrecipes.models.context import SequenceContext, make_context
 from llmrecipes.models.layers import make_norm
+from llmrecipes.models.linear_experts import LinearMoE
+from llmrecipes.models.lora import RoutedMLP, Routes, has_routed_mlp
 from llmrecipes.models.mlp import MLP
 from llmrecipes.models.moe import MoE, Routing
 from llmrecipes.recipe.model_config import ModelConfig
@@ -23,11 +25,18 @@ class DecoderOutput(NamedTuple):
     Attributes:
         hidden: features after the final norm, divided by ``logit_divisor``, [B, T, dim]. Logits are
             ``hidden @ head_weight.T``: large, so never computed unasked.
-        routing: statistics of each MoE layer, in order; empty for a dense model.
+        routing: statistics of each router, in order; empty for a dense model.
     """
 
     hidden: Tensor
     routing: list[Routing]
+
+
+def make_mlp(config: ModelConfig, layer: int) -> MLP | MoE | LinearMoE | RoutedMLP:
+    """The feed-forward network of a block, with or without experts."""
+    if config.moe is not None and config.is_moe_layer(layer):
+        return MoE(config, layer) if config.moe.router == "per_mlp" else LinearMoE(config, layer)
+    return RoutedMLP(config, layer) if has_routed_mlp(config, layer) else MLP(config, layer=layer)
 
 
 class Block(nn.Module):
@@ -42,7 +51,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.dim)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.dim)
-        self.mlp: MLP | MoE = MoE(config, layer) if config.is_moe_layer(layer) else MLP(config)
+        self.mlp = make_mlp(config, layer)
         both = config.norm_position == "both"
         self.attention_post_norm = make_norm(config, config.dim) if both else None
         self.mlp_post_norm = make_norm(config, config.dim) if both else None
@@ -61,18 +70,19 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, context: SequenceContext, token_mask: Tensor | None = None, dropless: bool = False
-    ) -> tuple[Tensor, Routing | None]:
-        """Transform ``x`` [B, T, dim]; the second result is None for a dense layer."""
-        update = self.attention(x if self.post_only else self.attention_norm(x), context)
+    ) -> tuple[Tensor, list[Routing]]:
+        """Transform ``x`` [B, T, dim]; the second result has an entry per router, none for a dense layer."""
+        routes = Routes(token_mask)
+        update = self.attention(x if self.post_only else self.attention_norm(x), context, routes)
         mixed = x + self._branch(update, self.attention_norm, self.attention_post_norm)
         source = x if self.parallel else mixed
         normed = source if self.post_only else self.mlp_norm(source)
-        routing = None
         if isinstance(self.mlp, MoE):
             update, routing = self.mlp(normed, token_mask, dropless)
+            routes.found.append(routing)
         else:
-            update = self.mlp(normed)
-        return mixed + self._branch(update, self.mlp_norm, self.mlp_post_norm), routing
+            update = self.mlp(normed, routes)
+        return mixed + self._branch(update, self.mlp_norm, self.mlp_post_norm), routes.found
 
 
 class Decoder(nn.Module):
@@ -118,7 +128,7 @@ class Decoder(nn.Module):
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
     def _refuse_longer(self, context: SequenceContext, longest: int) -> None:
-        last = max(context.lengths) if context.lengths else context.positions.shape[1]
+        last = max(context.spans) if context.lengths else context.positions.shape[1]
         if context.cache is not None:
             last += context.cache.length
             last -= 0 if context.cache.padding is None else int(context.cache.padding.min())
@@ -130,6 +140,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         *,
         document_lengths: list[list[int]] | None = None,
+        document_prefixes: list[list[int]] | None = None,
         token_mask: Tensor | None = None,
         cache: KVCache | None = None,
         dropless: bool = False,
@@ -140,19 +151,20 @@ class Decoder(nn.Module):
             tokens: ids, [B, T].
             document_lengths: lengths of the documents packed into each row (each row sums to T). Documents do not see
                 each other and positions restart at each; None = one document per row.
+            document_prefixes: how many first tokens of the document before it in the row each document goes on from, as
+                if they stood at its beginning; None = none does.
             token_mask: [B, T], True for real tokens; the others do not enter the routing statistics.
             cache: keys and values of earlier tokens; extended in place.
             dropless: let experts take every token, whatever their capacity. Always so with a cache: which tokens are
                 dropped would depend on how many are computed at a time.
         """
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
-        context = make_context(self.config, tokens, dtype, document_lengths, cache)
+        context = make_context(self.config, tokens, dtype, document_lengths, cache, document_prefixes)
         x = self._embed(tokens, context)
-        routings = []
+        routings: list[Routing] = []
         for block in self.layers:
-            x, routing = block(x, context, token_mask, dropless or cache is not None)
-            if routing is not None:
-                routings.append(routing)
+            x, found = block(x, context, token_mask, dropless or cache is not None)
+            routings += found
         if cache is not None:
             cache.advance(tokens.shape[1])
         hidden = self.norm(x)

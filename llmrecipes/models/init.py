@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmrecipes.models.decoder import Decoder
+from llmrecipes.models.lora import is_adapter
 from llmrecipes.recipe.model_config import ModelConfig
 
 EMBEDDINGS = ("embed.weight", "position_embed.weight", "head.weight")
+ROUTER_BIAS = ("gate.bias", "router.bias")
 RESIDUAL_OUTPUTS = (
-    "attention.out.weight", "mlp.down.weight", "mlp.residual.down.weight", "mlp.shared.down.weight", "experts.down_proj"
-)  # fmt: skip
+    "attention.out.weight",
+    "mlp.down.weight",
+    "mlp.residual.down.weight",
+    "mlp.shared.down.weight",
+    "experts.down_proj",
+    "experts.down_proj.weight",
+)
 
 
 def _std(name: str, tensor: Tensor, config: ModelConfig) -> float | None:
@@ -38,23 +46,41 @@ def _fill(parameter: Tensor, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, seed: int) -> None:
+def init_weights(model: Decoder, seed: int, only: Collection[str] | None = None) -> None:
     """Fill every parameter in place, the same for any number of processes and any order of construction.
 
     Matrices are N(0, weight_std), the maps that write into the residual stream divided by sqrt(2 num_layers) (GPT-2),
-    embeddings and head N(0, embedding_std).
+    embeddings and head N(0, embedding_std). A of low-rank adapters is uniform in +- 1 / sqrt(columns), their B zero: no
+    update at first, as PEFT begins.
     Norm weights are one (zero where one is added to them), biases and the router's balancing bias zero. Each parameter
     has its own generator, seeded by crc32(name) ^ seed, and is drawn in fp32 whatever its type.
+
+    Args:
+        model: not on the meta device; plain or sharded.
+        seed: of all of them.
+        only: names of the parameters and buffers to fill; None = all.
     """
     config = model.config
     for name, parameter in model.named_parameters():
+        if only is not None and name not in only:
+            continue
         std = _std(name, parameter, config)
         if std is None:
             parameter.fill_(0.0 if name.endswith("bias") or config.norm_plus_one else 1.0)
             continue
+        if is_adapter(name) and name.endswith(".b"):
+            parameter.zero_()
+            continue
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
-        drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        drawn = torch.empty(parameter.shape, dtype=torch.float32)
+        if is_adapter(name):
+            bound = parameter.shape[-1] ** -0.5
+            drawn.uniform_(-bound, bound, generator=generator)
+        else:
+            drawn.normal_(0.0, std, generator=generator)
         _fill(parameter, drawn)
     for name, buffer in model.named_buffers():
-        assert name.endswith("gate.bias"), f"no initial value is known for {name}"
+        if only is not None and name not in only:
+            continue
+        assert name.endswith(ROUTER_BIAS), f"no initial value is known for {name}"
         buffer.zero_()

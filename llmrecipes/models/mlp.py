@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llmrecipes.models.activation import activation
+from llmrecipes.models.lora import Routes, apply_linear, make_linear
 from llmrecipes.recipe.model_config import ModelConfig
 
 
@@ -14,21 +15,23 @@ class MLP(nn.Module):
     Args:
         config: the decoder.
         ffn_dim: hidden width; None = the decoder's.
+        layer: the block, whose adapters it has; None = none.
     """
 
-    def __init__(self, config: ModelConfig, ffn_dim: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, ffn_dim: int | None = None, layer: int | None = None) -> None:
         super().__init__()
         ffn_dim = config.ffn_dim if ffn_dim is None else ffn_dim
         assert ffn_dim is not None
         self.kind = config.activation
         self.gated = config.maps_in == 2
         if self.gated:
-            self.gate_up = nn.Linear(config.dim, 2 * ffn_dim, bias=config.bias)
+            self.gate_up = make_linear(config, layer, config.dim, {"gate": ffn_dim, "up": ffn_dim}, config.bias)
         else:
-            self.up = nn.Linear(config.dim, ffn_dim, bias=config.bias)
-        self.down = nn.Linear(ffn_dim, config.dim, bias=config.bias)
+            self.up = make_linear(config, layer, config.dim, {"up": ffn_dim}, config.bias)
+        self.down = make_linear(config, layer, ffn_dim, {"down": config.dim}, config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., dim] to [..., dim]."""
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+        """Map ``x`` [..., dim] to [..., dim]; routers of adapters write down in ``routes`` what they did."""
         projection = self.gate_up if self.gated else self.up
-        return self.down(activation(projection(x), self.kind))
+        hidden = activation(apply_linear(projection, x, routes), self.kind)
+        return apply_linear(self.down, hidden, routes)

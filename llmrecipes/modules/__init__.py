@@ -2,7 +2,17 @@
 
 from llmrecipes.modules.base import StepModule, TrainingStopped
 from llmrecipes.modules.dpo import PreferenceModule
+from llmrecipes.modules.lora import LoraExpertModule
 from llmrecipes.modules.pretrain import PretrainModule
+from llmrecipes.modules.router import RouterModule
 from llmrecipes.modules.sft import SFTModule
 
-__all__ = ["PreferenceModule", "PretrainModule", "SFTModule", "StepModule", "TrainingStopped"]
+__all__ = [
+    "LoraExpertModule",
+    "PreferenceModule",
+    "PretrainModule",
+    "RouterModule",
+    "SFTModule",
+    "StepModule",
+    "TrainingStopped",
+]

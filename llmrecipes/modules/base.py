@@ -118,6 +118,24 @@ class StepModule(L.LightningModule):
 
     # ---- the model
 
+    @property
+    def initial_folder(self) -> Path | None:
+        """The weights that parameters begin with and that frozen ones keep; None = they are drawn."""
+        return None
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What of the model a checkpoint holds: all, or what is trained where the rest lies in another folder."""
+        state = dict(self.model.state_dict())
+        if not (self.trajectory or {}).get("base"):
+            return state
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {name: tensor for name, tensor in state.items() if name not in frozen}
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether parameters are frozen that a folder holds: checkpoints then say which, and do without them."""
+        return False
+
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llmrecipes.checkpoint import load_initial
 from llmrecipes.data.batch import IGNORE, Batch
 from llmrecipes.data.preference_data import PreferenceBatch, PreferencePairs
 from llmrecipes.errors import UserError
 from llmrecipes.losses import Answers, PreferenceLoss, label_log_probs, preference_loss
-from llmrecipes.models import Decoder, ModelConfig
+from llmrecipes.models import ModelConfig
 from llmrecipes.modules.loss_terms import LossTerm
 from llmrecipes.modules.pretrain import PretrainModule
 from llmrecipes.modules.reference import reference_log_probs
@@ -44,6 +42,8 @@ class PreferenceModule(PretrainModule):
         expected_params: refuse to start when the model has another number of parameters.
         loss_chunk: rows of the logits that exist at a time.
         compile: fuse what lies between the matrix products of each block (torch.compile).
+        trainable, frozen: groups or regular expressions of parameters, as in ``PretrainModule``: ``frozen: [experts]``
+            leaves the experts as they are.
         seed: of dropout; linked to the recipe's ``seed``.
     """
 
@@ -64,8 +64,22 @@ class PreferenceModule(PretrainModule):
         loss_chunk: int = 1024,
         compile: bool = False,
         seed: int = 0,
+        trainable: list[str] | None = None,
+        frozen: list[str] | None = None,
     ) -> None:
-        super().__init__(config, optimizer, schedule, clip_norm, expected_params, loss_chunk, init_from, compile, seed)
+        super().__init__(
+            config,
+            optimizer,
+            schedule,
+            clip_norm,
+            expected_params,
+            loss_chunk,
+            init_from,
+            compile,
+            seed,
+            trainable,
+            frozen,
+        )
         if beta <= 0:
             raise UserError(f"model.beta: {beta} must be above 0")
         if not 0 <= label_smoothing < 0.5:
@@ -90,7 +104,7 @@ class PreferenceModule(PretrainModule):
         """A frozen model with the weights that training begins with."""
         model = self.make_model(compiled=False)
         assert self.init_from is not None
-        load_initial(Path(self.init_from), model)
+        self.fill_initial(model)
         return model.requires_grad_(False).eval()
 
     def setup(self, stage: str) -> None:
@@ -158,9 +172,7 @@ class PreferenceModule(PretrainModule):
     @torch.no_grad()
     def _sums(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:
         """Log-probability of every answer of the batch by ``model``: chosen, rejected, chosen, ..."""
-        assert isinstance(model, Decoder)
-        output = model(batch.tokens, document_lengths=batch.document_lengths, token_mask=batch.token_mask)
-        return self._label_sums(model, output.hidden, batch)
+        return self._label_sums(model, self.run_model(model, batch).hidden, batch)
 
     def _label_sums(self, model: Any, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         labels = batch.labels.flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from llmrecipes.distributed import all_reduce_sum
 from llmrecipes.errors import UserError
 from llmrecipes.losses import balance_sum, bias_update, linear_cross_entropy
 from llmrecipes.models import Decoder, DecoderOutput, ModelConfig, Routing, init_weights
-from llmrecipes.models.moe import MoE
+from llmrecipes.models.lora import is_adapter
+from llmrecipes.models.router import Router
 from llmrecipes.modules.base import StepModule
 from llmrecipes.modules.loss_terms import LossTerm
 from llmrecipes.modules.routing_stats import StepRouting, expert_counts, routing_figures
 from llmrecipes.modules.step_record import StepRecord
+from llmrecipes.modules.trainable import frozen_active, set_trainable
 from llmrecipes.optim import AdamW, Schedule
 
 
@@ -34,9 +37,12 @@ class PretrainModule(StepModule):
             month.
         loss_chunk: rows of the logits that exist at a time.
         init_from: folder or checkpoint whose weights the run begins with, of ``convert from-hf``, ``upcycle``,
-            ``consolidate`` or another run; ``null`` = drawn from the seed.
+            ``consolidate`` or another run; ``null`` = drawn from the seed. Adapters may be missing there.
         compile: fuse what lies between the matrix products of each block (torch.compile; needs a C++ compiler on a
             CPU): a faster step, for half a minute at the start.
+        trainable: what is trained: names of groups (``all``, ``gate``, ``lm_head``, ``lora``, ``experts``, ``mlp``,
+            ``attention``, ``norms``, ``embeddings``), or regular expressions on our parameter names; ``null`` = all.
+        frozen: what of it is not, in the same way.
         seed: of the initial weights and of dropout; linked to the recipe's ``seed``.
     """
 
@@ -51,26 +57,72 @@ class PretrainModule(StepModule):
         init_from: str | None = None,
         compile: bool = False,
         seed: int = 0,
+        trainable: list[str] | None = None,
+        frozen: list[str] | None = None,
     ) -> None:
         super().__init__(optimizer, schedule, clip_norm, seed, compile)
         self.config = config
         self.loss_chunk = loss_chunk
         self.init_from = init_from
-        if expected_params is not None and config.num_params != expected_params:
+        self.trainable = ["all"] if trainable is None else trainable
+        self.frozen = frozen or []
+        if expected_params is not None and not config.is_expected(expected_params):
             raise UserError(f"the model has {config.num_params:,} parameters, expected_params says {expected_params:,}")
         self._routing: StepRouting | None = None
 
     def build_model(self) -> Decoder:
-        return Decoder(self.config)
+        model = Decoder(self.config)
+        set_trainable(model, self.trainable, self.frozen)
+        return model
 
     def init_model(self) -> None:
         if self.init_from is None:
             init_weights(self.model, self.seed)
-        else:
-            load_initial(Path(self.init_from), self.model)
+            return
+        self.fill_initial(self.model)
+
+    def fill_initial(self, model: Decoder) -> None:
+        """The weights of `init_from`, and adapters that do nothing yet where it has none."""
+        assert self.init_from is not None
+        lacking = load_initial(Path(self.init_from), model, self._may_be_new)
+        init_weights(model, self.seed, lacking)
+
+    def _may_be_new(self, name: str) -> bool:
+        """Adapters begin as nothing wherever they are added; a router does not."""
+        return is_adapter(name)
+
+    @property
+    def initial_folder(self) -> Path | None:
+        return None if self.init_from is None else Path(self.init_from)
+
+    @property
+    def keeps_base(self) -> bool:
+        return self.trained_params < self.config.num_params
+
+    @cached_property
+    def trained_params(self) -> int:
+        """Parameters that the run trains."""
+        if self.trainable == ["all"] and not self.frozen:
+            return self.config.num_params
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.build_model().parameters() if p.requires_grad)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Training FLOPs of one token: a frozen weight has no gradient of its own, 2 of the 6 per active weight."""
+        return self.config.flops_per_token(seq_len) - 2 * frozen_active(self.model, self.config)
 
     def _forward(self, batch: Batch) -> DecoderOutput:
-        return self.model(batch.tokens, document_lengths=batch.document_lengths, token_mask=batch.token_mask)
+        return self.run_model(self.model, batch)
+
+    @staticmethod
+    def run_model(model: Any, batch: Batch) -> DecoderOutput:
+        """The forward pass of a micro-batch."""
+        return model(
+            batch.tokens,
+            document_lengths=batch.document_lengths,
+            document_prefixes=batch.document_prefixes,
+            token_mask=batch.token_mask,
+        )
 
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         output = self._forward(batch)
@@ -88,7 +140,7 @@ class PretrainModule(StepModule):
 
     def _router_terms(self, routing: list[Routing]) -> dict[str, LossTerm]:
         """Balance loss with f of the whole step, z-loss; both means over layers and real tokens."""
-        moe, step = self.config.moe, self._routing
+        moe, step = self.config.routing, self._routing
         assert moe is not None
         assert step is not None
         step.add(routing)
@@ -101,10 +153,10 @@ class PretrainModule(StepModule):
         return terms | {"aux_loss": LossTerm(torch.stack(balance).mean(), "tokens", moe.balance_coef)}
 
     def before_micro_batches(self, micro_batches: list[Batch], counts: dict[str, Tensor]) -> None:
-        moe = self.config.moe
+        moe = self.config.routing
         if moe is None:
             return
-        self._routing = StepRouting(counts["tokens"], self.config.layer_experts)
+        self._routing = StepRouting(counts["tokens"], self.config.router_choices)
         if moe.balance == "loss" and moe.balance_counts == "step" and len(micro_batches) > 1:
             self._routing.known = all_reduce_sum(self._count_share(micro_batches))
 
@@ -126,21 +178,21 @@ class PretrainModule(StepModule):
         return self._routing.sums() if self._routing is not None else {}
 
     def after_step(self, record: StepRecord, sums: dict[str, Tensor], applied: Tensor) -> None:
-        moe = self.config.moe
+        moe = self.config.routing
         if moe is None:
             return
         if moe.balance == "bias":
             self._move_routing_bias(sums["counts"], moe.bias_rate, applied)
-        record.extra |= routing_figures(sums, self.config.layer_experts, moe)
+        record.extra |= routing_figures(sums, self.config.router_choices, moe)
 
     @torch.no_grad()
     def _move_routing_bias(self, counts: Tensor, rate: float, applied: Tensor) -> None:
         """Once per step, so that neither micro-batches nor recomputation count twice.
 
-        ``counts`` [experts of all layers] are the whole step's; a step that was not ``applied`` moves nothing.
+        ``counts`` [choices of all routers] are the whole step's; a step that was not ``applied`` moves nothing.
         """
-        routers = [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
-        for router, mine in zip(routers, counts.split(self.config.layer_experts), strict=True):
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        for router, mine in zip(routers, counts.split(self.config.router_choices), strict=True):
             router.bias.add_(bias_update(mine, rate) * applied)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

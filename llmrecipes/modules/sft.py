@@ -27,6 +27,7 @@ class SFTModule(PretrainModule):
         expected_params: refuse to start when the model has another number of parameters.
         loss_chunk: rows of the logits that exist at a time.
         compile: fuse what lies between the matrix products of each block (torch.compile).
+        trainable, frozen: what is trained and what is not, as in `PretrainModule`: ``frozen: [experts]``.
         seed: of dropout and noise; linked to the recipe's ``seed``.
     """
 
@@ -42,8 +43,22 @@ class SFTModule(PretrainModule):
         loss_chunk: int = 1024,
         compile: bool = False,
         seed: int = 0,
+        trainable: list[str] | None = None,
+        frozen: list[str] | None = None,
     ) -> None:
-        super().__init__(config, optimizer, schedule, clip_norm, expected_params, loss_chunk, init_from, compile, seed)
+        super().__init__(
+            config,
+            optimizer,
+            schedule,
+            clip_norm,
+            expected_params,
+            loss_chunk,
+            init_from,
+            compile,
+            seed,
+            trainable,
+            frozen,
+        )
         self.neftune_alpha = neftune_alpha
         self._noise_width: Tensor | None = None
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from llmrecipes.recipe.lora_config import Balance, LoraConfig
 
 Norm = Literal["rms", "layer"]
 Positions = Literal["rope", "alibi", "learned", "none"]
 Activation = Literal["swiglu", "geglu", "gelu", "gelu_tanh"]
 NormPosition = Literal["pre", "post", "both"]
-Balance = Literal["loss", "bias", "none"]
 Score = Literal["softmax", "sigmoid"]
 DropPolicy = Literal["position", "probs", "random"]
 QKNormScope = Literal["head", "all"]
@@ -48,6 +50,7 @@ class MoEConfig:
         min_capacity: an expert takes at least so many, however small the micro-batch; ``null`` = 4.
         drop_policy: who is taken first: tokens by their ``position`` (first choices before second ones), those with
             the highest router ``probs``, or a ``random`` order (DeepSpeed's random token selection); ``null`` = that.
+        router: one router ``per_mlp``, or ``per_linear``: gate, up and down choose their experts each by itself.
     """
 
     num_experts: int | None = None
@@ -67,9 +70,13 @@ class MoEConfig:
     eval_capacity_factor: float | None = None
     min_capacity: int | None = None
     drop_policy: DropPolicy | None = None
+    router: Literal["per_mlp", "per_linear"] = "per_mlp"
 
     def __post_init__(self) -> None:
         problems = [*self._number_problems(), *self._capacity_problems()]
+        beside = self.residual or self.shared_ffn_dim is not None or self.capacity_factor is not None
+        if self.router == "per_linear" and beside:
+            problems.append("moe.router per_linear goes with neither residual, shared_ffn_dim nor capacity_factor")
         if self.residual and self.shared_ffn_dim is not None:
             problems.append("moe.shared_ffn_dim and moe.residual are two answers to one question: choose one")
         if problems:
@@ -207,6 +214,7 @@ class ModelConfig:
             (Granite). attention_scale: of the scores; ``null`` = 1 / sqrt(head width). logit_divisor: of the logits.
         moe: the experts, or ``null`` for a dense model. moe_every: layer i has experts when (i + 1) % moe_every == 0.
         dense_layers: layers without experts all the same, counted from 0.
+        lora: low-rank adapters on linear maps, one or many to choose from; ``null`` = none.
         dropout: probability, on the embedding, the attention weights and each residual branch.
         init_std: standard deviation of the initial matrices; ``null`` = sqrt(2 / (5 dim)) (1910.05895). Maps into the
             residual stream have it divided by sqrt(2 num_layers), embeddings and head at most 0.02.
@@ -239,6 +247,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
     moe_every: int = 1
     dense_layers: list[int] | None = None
+    lora: LoraConfig | None = None
     dropout: float = 0.0
     init_std: float | None = None
     # Later than the first release: a checkpoint without them has these defaults.
@@ -300,6 +309,25 @@ class ModelConfig:
             found.append(f"vocab_multiple {self.vocab_multiple} is less than 1")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout {self.dropout} is not in [0, 1)")
+        return found or self._lora_problems()
+
+    def _lora_problems(self) -> list[str]:
+        lora = self.lora
+        if lora is None:
+            return []
+        found = lora.problems()
+        if found:
+            return found
+        chosen = [name for layer in range(self.num_layers) for name in self.adapted(layer)]
+        if not chosen:
+            found.append(f"lora.targets {lora.targets} matches no linear map, such as model.layers.0.mlp.up_proj")
+        if lora.experts is not None and self.moe is not None:
+            found.append("lora.experts beside moe: a model has experts of one kind")
+        if lora.routes_mlps and any(name.startswith("self_attn") for name in chosen):
+            found.append(
+                "lora.experts.router per_mlp beside adapters on self_attn: they need a router per linear map, "
+                "or lora.targets without self_attn"
+            )
         return found
 
     def _expert_problems(self) -> list[str]:
@@ -384,6 +412,72 @@ class ModelConfig:
         return sum(self.is_moe_layer(i) for i in range(self.num_layers))
 
     @property
+    def routing(self) -> MoEConfig | None:
+        """How tokens choose experts, of whichever kind they are; None = there are none."""
+        experts = None if self.lora is None else self.lora.experts
+        if self.moe is not None or experts is None:
+            return self.moe
+        assert self.lora is not None
+        return MoEConfig(
+            num_experts=experts.num_choices,
+            ffn_dim=self.lora.rank,
+            top_k=experts.top_k,
+            balance=experts.balance,
+            balance_coef=experts.balance_coef,
+            balance_counts=experts.balance_counts,
+            bias_rate=experts.bias_rate,
+            z_loss_coef=experts.z_loss_coef,
+        )
+
+    @property
+    def router_choices(self) -> list[int]:
+        """Experts that each router chooses from, in the order of the forward pass; empty where there is none."""
+        if self.moe is not None:
+            maps = 1 if self.moe.router == "per_mlp" else 3 if self.maps_in == 2 else 2
+            return [experts for experts in self.layer_experts for _ in range(maps)]
+        if self.lora is None or self.lora.experts is None:
+            return []
+        found = []
+        for layer in range(self.num_layers):
+            maps = len(self.adapted(layer))
+            found += [self.lora.experts.num_choices] * (min(maps, 1) if self.lora.routes_mlps else maps)
+        return found
+
+    def linear_maps(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Widths in and out of a block's linear maps, by the names that transformers gives them; no experts."""
+        q, kv, d = self.num_heads * self.head_width, self.kv_heads * self.head_width, self.dim
+        maps = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+        found = {f"self_attn.{name}": widths for name, widths in maps.items()}
+        if not self.is_moe_layer(layer):
+            ffn = self.ffn_dim or 0
+            found |= {"mlp.gate_proj": (d, ffn)} if self.maps_in == 2 else {}
+            found |= {"mlp.up_proj": (d, ffn), "mlp.down_proj": (ffn, d)}
+        return found
+
+    def adapted(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Those of a block's linear maps that have low-rank adapters."""
+        if self.lora is None:
+            return {}
+        pattern = re.compile(self.lora.targets)
+        maps = self.linear_maps(layer).items()
+        return {name: widths for name, widths in maps if pattern.fullmatch(f"model.layers.{layer}.{name}")}
+
+    def _lora_params(self, stacks: int) -> int:
+        """Adapters, ``stacks`` per map, and their routers."""
+        if self.lora is None:
+            return 0
+        choices = self.lora.experts.num_choices if self.lora.experts else 0
+        total = 0
+        for layer in range(self.num_layers):
+            maps = self.adapted(layer).values()
+            total += sum(stacks * self.lora.rank * (inner + outer) for inner, outer in maps)
+            if self.lora.routes_linears:
+                total += sum(choices * inner for inner, _ in maps)
+            elif self.lora.routes_mlps and maps:
+                total += choices * self.dim
+        return total
+
+    @property
     def layer_experts(self) -> list[int]:
         """Experts of each block that holds some, first to last; empty for a dense model."""
         if self.moe is None:
@@ -417,7 +511,7 @@ class ModelConfig:
 
     def _moe_params(self, moe: MoEConfig, num_experts: int, counted: int) -> int:
         """Of one layer: the router of all experts, ``counted`` of them, and what stands beside them."""
-        total = num_experts * self.dim + counted * self._ffn_params(moe.ffn_dim, bias=False)
+        total = self._router_params(moe, num_experts) + counted * self._ffn_params(moe.ffn_dim, bias=False)
         if moe.residual:
             total += self._ffn_params(self.ffn_dim or 0, self.bias) + 2 * self.dim + 2
         if moe.shared_ffn_dim is not None:
@@ -441,15 +535,24 @@ class ModelConfig:
                 total += self._moe_params(self.moe, experts, self.moe.top_k if active else experts)
         return total
 
+    def _router_params(self, moe: MoEConfig, num_experts: int) -> int:
+        if moe.router == "per_mlp":
+            return num_experts * self.dim
+        return num_experts * ((2 if self.maps_in == 2 else 1) * self.dim + moe.ffn_dim)
+
     @property
     def num_params(self) -> int:
         """All parameters; a tied embedding counts once."""
-        return self._count(active=False)
+        return self._count(active=False) + self._lora_params(self.lora.stacks if self.lora else 0)
+
+    def is_expected(self, count: int) -> bool:
+        """Whether that is the number of parameters, with or without the adapters."""
+        return count in (self.num_params, self._count(active=False))
 
     @property
     def active_params(self) -> int:
         """Parameters that one token passes through: k experts of each MoE layer, everything else whole."""
-        return self._count(active=True)
+        return self._count(active=True) + self._lora_params(self.lora.active_stacks if self.lora else 0)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs of one token: 6 per active weight (head included, input embedding not) and causal attention.

@@ -13,7 +13,7 @@ import yaml
 from llmrecipes.callbacks import GracefulStop, Logging, draw_loss_curve
 from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
 from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
-from llmrecipes.checkpoint import newest_whole, read_info
+from llmrecipes.checkpoint import base_of, describe_base, newest_whole, read_info
 from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMarks, ranks_end_together
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
@@ -174,8 +174,14 @@ def _decide_validation(cli: RecipeCLI, folder: Path) -> Decision:
     if path is None:
         raise UserError(f"{folder}/checkpoints: no whole checkpoint to validate; train first with llmrecipes fit")
     cli.callback(Logging).validated_step = step = read_info(path)["step"]
+    base = base_of(path)
+    if base is not None and _base(cli).get("base") != base:
+        raise UserError(
+            f"{path} was trained over the weights of {base['folder']}, which are not those of init_from now"
+        )
     log.info(f"validating {path} ({step} steps)")
-    return Decision(checkpoint=str(path), start_step=step)
+    recorded = read_info(path)["progress"]["trajectory"]
+    return Decision(trajectory=recorded, checkpoint=str(path), start_step=step)
 
 
 def trajectory(cli: RecipeCLI) -> dict[str, Any]:
@@ -192,9 +198,16 @@ def trajectory(cli: RecipeCLI) -> dict[str, Any]:
         "model": {k: v for k, v in model.items() if k not in (*ROUNDING, "seed")},
         "data": data | {"shards": cli.datamodule.fingerprint()["train"]},
         "trainer": {"precision": cli.trainer.precision},
+        **_base(cli),
         # With decay: null the schedule ends with the run: another trainer.max_steps is then another schedule.
         FLOOR_REACHED: cli.model.schedule.decay_steps(length),
     }
+
+
+def _base(cli: RecipeCLI) -> dict[str, Any]:
+    """The frozen weights of the run, which its checkpoints do not hold, and their checksum."""
+    folder = cli.model.initial_folder
+    return {"base": describe_base(folder)} if folder is not None and cli.model.keeps_base else {}
 
 
 def _rate(cli: RecipeCLI, resume: Resume | None, present: dict[str, Any]) -> tuple[int, RatePlan]:
@@ -217,10 +230,12 @@ def describe(cli: RecipeCLI, end: int) -> list[str]:
     """What is about to run up to step ``end``, for the log's first lines."""
     config, data, trainer = cli.model.config, cli.datamodule, cli.trainer
     sizes = f"model {config.num_params:,} parameters"
-    if config.moe and config.layer_experts:
-        fewest, most = min(config.layer_experts), max(config.layer_experts)
+    if config.routing:
+        fewest, most = min(config.router_choices), max(config.router_choices)
         experts = f"{most}" if fewest == most else f"{fewest} to {most}"
-        sizes += f", {config.active_params:,} active ({experts} experts, top {config.moe.top_k})"
+        sizes += f", {config.active_params:,} active ({experts} experts, top {config.routing.top_k})"
+    if cli.model.trained_params != config.num_params:
+        sizes += f", {cli.model.trained_params:,} trained"
     accumulation = data.global_batch // (data.micro_batch * data.data_ranks)
     strategy = trainer.strategy
     where = f"{trainer.world_size} x {strategy.root_device.type}"

@@ -120,6 +120,8 @@ def _step_aside(folder: Path) -> None:
             "skipped.json",
             "samples",
             "loss.png",
+            "routing.json",
+            "routing.png",
             "DONE",
             "wandb_id",
         )

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, Samples, StabilityGuard
+from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, RoutingMap, Samples, StabilityGuard
 from llmrecipes.checkpoint import Checkpoints, checkpoints
 from llmrecipes.data import StepData
 from llmrecipes.distributed import ShardedStrategy
@@ -176,7 +176,7 @@ class RecipeCLI(LightningCLI):
         saver = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))
         next(c for c in trainer.callbacks if isinstance(c, StabilityGuard)).roll_back = roll_back
         next(c for c in trainer.callbacks if isinstance(c, GracefulStop)).save = saver.save
-        trainer.callbacks.append(LossCurve())
+        trainer.callbacks += [LossCurve(), RoutingMap()]
         # Lightning's own way with signals saves or broadcasts in the middle of a step, and asks all at each batch.
         trainer._signal_connector = NoSignals(trainer)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

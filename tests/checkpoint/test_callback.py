@@ -65,6 +65,9 @@ class Small(L.LightningModule):
     def progress(self):
         return {"step": self.trainer.global_step}
 
+    def saved_tensors(self):
+        return dict(self.model.state_dict())
+
     def settle(self):
         pass
 

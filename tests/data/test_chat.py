@@ -341,7 +341,7 @@ def pairs_file(tmp_path, number=40):
 def test_pairs_lie_side_by_side_chosen_first(tmp_path):
     folder = byte_level(tmp_path / "t")
     path = pairs_file(tmp_path)
-    made = data(tmp_path, folder, {str(path): 1.0}, PreferencePairs, seq_len=160, split="100")
+    made = data(tmp_path, folder, {str(path): 1.0}, PreferencePairs, seq_len=160, split="100", share_prompts=False)
     lines, make = path.read_text().splitlines(), encoder(folder, turns="last", seq_len=160)
     batch = made.step_batch(0)
     assert int(batch.counts()["pairs"]) == len(batch.pair_numbers) > 4
@@ -355,6 +355,27 @@ def test_pairs_lie_side_by_side_chosen_first(tmp_path):
     assert [n for half in halves for n in half.pair_numbers] == batch.pair_numbers
     numbers = {n for source, row in made.all_rows() for n in made.batch_of([(source, row)]).pair_numbers}
     assert numbers == set(range(40))
+
+
+def test_the_prompt_of_a_pair_stands_there_once(tmp_path):
+    folder = byte_level(tmp_path / "t")
+    path = pairs_file(tmp_path)
+    made = data(tmp_path, folder, {str(path): 1.0}, PreferencePairs, seq_len=160, split="100", pack=False)
+    lines, make = path.read_text().splitlines(), encoder(folder, turns="last", seq_len=160)
+    batch = made.step_batch(0)
+    found = list(documents(batch))
+    prefixes = [prefix for row in batch.document_prefixes for prefix in row]
+    assert len(found) == 8 and max(prefixes) > 10
+    for place, number in enumerate(batch.pair_numbers):
+        (chosen, mark), (rejected, _) = (make.encode(side, Counts()) for side in pair_of(json.loads(lines[number])))
+        prefix = batch.document_prefixes[place][1]
+        assert prefix == mark.argmax() - 1
+        assert found[2 * place][0] == chosen[:-1].tolist()
+        assert found[2 * place + 1][0] == rejected[prefix:-1].tolist()
+        assert (chosen[: prefix + 1] == rejected[: prefix + 1]).all()
+    apart = data(tmp_path, folder, {str(path): 1.0}, PreferencePairs, seq_len=160, split="100", share_prompts=False)
+    assert made._train_sources[0].num_positions < apart._train_sources[0].num_positions
+    assert made.fingerprint() != apart.fingerprint()
 
 
 @pytest.mark.parametrize(

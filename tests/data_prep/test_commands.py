@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.commands import STAGES, help_text, join_lists, run
+from data_prep.commands import STAGES, help_text, run
 from data_prep.inspect_shards import COLOURS, RESET, inspect, piece_boundaries, stats
 from data_prep.tokenize import tokenize
+from llmrecipes.arguments import join_lists
 from llmrecipes.data.tokenizer import Tokenizer
 from llmrecipes.errors import UserError
 

@@ -283,7 +283,7 @@ def test_every_recipe_of_data_is_sound():
     for path in sorted(RECIPES.glob("*.yaml")):
         text = path.read_text()
         commands = [line for line in text.splitlines() if f"--config recipes/data/{path.name}" in line]
-        assert commands and text.startswith("# "), f"{path}: the head of a recipe holds its command"
+        assert commands and text.startswith("# Purpose"), f"{path}: the head of a recipe holds its command"
         for line in commands:
             words = line.partition("llmrecipes data ")[2].partition(" --")[0].split()
             stage = STAGES[" ".join(words)]

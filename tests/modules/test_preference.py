@@ -21,7 +21,7 @@ from llmrecipes.data import ChatExamples, PreferencePairs, Tokenizer
 from llmrecipes.distributed import ShardedStrategy
 from llmrecipes.errors import UserError
 from llmrecipes.models import ModelConfig
-from llmrecipes.modules import PreferenceModule, SFTModule, dpo, pretrain
+from llmrecipes.modules import PreferenceModule, SFTModule, pretrain
 from llmrecipes.modules.sft import noise_width
 from llmrecipes.optim import AdamW, Constant
 from llmrecipes.run.fit import quiet_lightning
@@ -46,11 +46,12 @@ def config(folder):
     return ModelConfig(vocab_size=vocabulary, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48)
 
 
-def load_random(folder, model):
+def load_random(folder, model, may_be_new=None):
     """Stands for a folder of weights: the same numbers for whoever asks."""
     from llmrecipes.models import init_weights
 
     init_weights(model, 11)
+    return []
 
 
 class Double(PreferenceModule):
@@ -65,16 +66,19 @@ class DoubleSFT(SFTModule):
         return super().build_model().double()
 
 
-def train(folder, module_class=Double, data_class=PreferencePairs, steps=3, mode=None, micro_batch=2, **options):
-    """Records, validation and parameters of some steps."""
+def train(
+    folder, module_class=Double, data_class=PreferencePairs, steps=3, mode=None, micro_batch=2, more=None, **options
+):
+    """Records, validation and parameters of some steps; ``more`` goes to the data."""
     quiet_lightning()
-    dpo.load_initial = pretrain.load_initial = load_random
+    pretrain.load_initial = load_random
     try:
         module = module_class(config(folder), AdamW(lr=0.01), Constant(), init_from="x", seed=3, **options)
         file = folder / ("pairs.jsonl" if data_class is PreferencePairs else "talks.jsonl")
         data = data_class(
             train={str(file): 1.0}, tokenizer=str(folder / "tokenizer"), seq_len=160, micro_batch=micro_batch,
             global_batch=4, split="80,20", cache=str(folder / "cache"),
+            **(more or {}),
         )  # fmt: skip
         records = []
 
@@ -90,7 +94,7 @@ def train(folder, module_class=Double, data_class=PreferencePairs, steps=3, mode
         )  # fmt: skip
         trainer.fit(module, datamodule=data)
     finally:
-        dpo.load_initial = pretrain.load_initial = load_initial
+        pretrain.load_initial = load_initial
     parameters = {name: p.full_tensor() if mode else p for name, p in module.model.named_parameters()}
     return records, module.validation_metrics, {name: p.detach().clone() for name, p in parameters.items()}
 
@@ -124,6 +128,17 @@ def test_micro_batches_and_the_kind_of_reference_make_no_difference(place, loss)
     whole = train(place, micro_batch=4, loss=loss, reference="copy")
     assert worst(whole, train(place, micro_batch=1, loss=loss, reference="copy")) < 1e-12
     assert worst(whole, train(place, micro_batch=2, loss=loss, reference="precomputed")) < 1e-12
+
+
+def test_sharing_the_prompt_changes_nothing(place):
+    """One pair a row, so that both ways have the same pairs in a step."""
+    shared, apart = (
+        train(place, reference="copy", more={"pack": False, "share_prompts": share}) for share in (True, False)
+    )
+    for records in (shared[0], apart[0]):
+        for record in records:
+            record["batch"] = ""  # other rows, of course
+    assert worst(shared, apart) < 1e-12
 
 
 class Cheap(Double):

@@ -39,9 +39,10 @@ def initial_problems(facts: Facts) -> Iterator[Finding]:
         return
     for name, value in asdict(theirs).items():
         mine = asdict(ours)[name]
-        if name not in _FREE and name != "moe" and mine != value:
+        if name not in _FREE and name not in ("moe", "lora") and mine != value:
             yield Finding((*CONFIG, name), f"model.init_args.config: {name} {mine} where {folder} has {value}")
     yield from _experts(ours, theirs, folder)
+    yield from _adapters(ours, theirs, folder)
 
 
 def _experts(ours: ModelConfig, theirs: ModelConfig, folder: str) -> Iterator[Finding]:
@@ -61,6 +62,29 @@ def _words(config: ModelConfig) -> str:
     if moe.residual:
         words += " beside a dense network"
     return words if moe.shared_ffn_dim is None else f"{words} beside a shared one of {moe.shared_ffn_dim}"
+
+
+def _adapters(ours: ModelConfig, theirs: ModelConfig, folder: str) -> Iterator[Finding]:
+    """One adapter may be added to a model without; several, with their routers, come from a merge."""
+    place = (*CONFIG, "lora")
+    mine, there = ours.lora, theirs.lora
+    if mine is None and there is not None:
+        yield Finding(place, f"model.init_args.config: no lora where {folder} has it", "llmrecipes merge fold, or lora")
+    if mine is None or (there is None and mine.experts is None):
+        return
+    if there is None:
+        yield Finding(place, f"model.init_args.config: lora.experts where {folder} has none", "llmrecipes merge lora")
+        return
+    for name in ("rank", "alpha", "targets", "rank_stabilized"):
+        if getattr(mine, name) != getattr(there, name):
+            what = f"lora.{name} {getattr(mine, name)} where {folder} has {getattr(there, name)}"
+            yield Finding((*place, name), f"model.init_args.config: {what}")
+    sizes = [
+        None if c.experts is None else (c.experts.num_experts, c.experts.null_expert, c.experts.router)
+        for c in (mine, there)
+    ]
+    if sizes[0] != sizes[1]:
+        yield Finding((*place, "experts"), f"model.init_args.config: lora.experts differ from those of {folder}")
 
 
 def _model_of(folder: Path) -> ModelConfig | None:

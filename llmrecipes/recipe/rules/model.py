@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
 from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
 from llmrecipes.recipe.problem import closest
 from llmrecipes.recipe.rules.facts import CONFIG, DATA, MODEL, Facts, Finding
@@ -54,7 +55,7 @@ def model_problems(facts: Facts) -> Iterator[Finding]:
             yield Finding(_place(sentence.split()[0], facts), f"model.init_args.config: {sentence}")
         return
     expected = facts.integer(*MODEL, "expected_params")
-    if expected is not None and expected != config.num_params:
+    if expected is not None and not config.is_expected(expected):
         difference = config.num_params - expected
         what = (
             f"the model has {config.num_params:,} parameters, not the expected {expected:,} "
@@ -71,7 +72,10 @@ def build_config(values: dict[str, Any]) -> ModelConfig:
         TypeError: unknown or missing keys.
     """
     nested = dict(values)
-    for key, kind in (("moe", MoEConfig), ("rope_scaling", RopeScaling)):
+    lora = nested.get("lora")
+    if isinstance(lora, dict) and isinstance(lora.get("experts"), dict):
+        nested["lora"] = lora | {"experts": LoraExperts(**lora["experts"])}
+    for key, kind in (("moe", MoEConfig), ("rope_scaling", RopeScaling), ("lora", LoraConfig)):
         if isinstance(nested.get(key), dict):
             nested[key] = kind(**nested[key])
     return ModelConfig(**nested)
