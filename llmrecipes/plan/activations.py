@@ -22,6 +22,7 @@ from llmrecipes.distributed.recompute import Recompute, recompute_blocks
 from llmrecipes.losses import label_log_probs, linear_cross_entropy
 from llmrecipes.models import Decoder
 from llmrecipes.models.moe import Router
+from llmrecipes.plan.sizes import ALL, Trained
 from llmrecipes.recipe import ModelConfig
 
 _aten = torch.ops.aten
@@ -42,6 +43,7 @@ class Step:
         preference: log-probabilities of answers instead of the cross-entropy.
         accumulates: gradients of earlier micro-batches are there.
         on_gpu: softmax over whole chunks, not in blocks that fit a CPU's cache.
+        trained: which parameters have a gradient.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class Step:
     preference: bool = False
     accumulates: bool = False
     on_gpu: bool = False
+    trained: Trained = ALL
 
     @property
     def half(self) -> torch.dtype | None:
@@ -93,6 +96,7 @@ def _measure(config: ModelConfig, step: Step) -> int:
         model = Decoder(config).train()
         if step.gathered_half or step.precision.endswith("-true"):
             _to_half(model, step)
+        step.trained.apply(model)
         recompute_blocks(model, step.recompute)
         tokens = torch.zeros(step.rows, step.length, dtype=torch.int64)
         live = LiveBytes(config, step)
@@ -117,11 +121,11 @@ def _to_half(model: nn.Module, step: Step) -> None:
     """Weights as they come to the products: in half precision, routers in fp32 where they are gathered so."""
     if step.half is None:
         return
-    model.to(step.half)
-    if step.gathered_half:
-        for module in model.modules():
-            if isinstance(module, Router):
-                module.float()
+    for module in model.modules():
+        if isinstance(module, Router) and step.gathered_half:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=step.half)))
 
 
 def _run(model: Decoder, tokens: Tensor, config: ModelConfig, step: Step) -> None:

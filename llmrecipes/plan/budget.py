@@ -58,4 +58,3 @@ def optimal(flops: float) -> tuple[float, float]:
     """Parameters and tokens of the compute-optimal model for so many FLOPs: ``6 N D`` with ``D = 20 N``."""
     params = math.sqrt(flops / (6 * CHINCHILLA))
     return params, CHINCHILLA * params
-

@@ -10,7 +10,7 @@ from llmrecipes.plan.failures import PER_GPU_HOUR, WEEK, FailureCost, failure_co
 from llmrecipes.plan.hardware import GPUs
 from llmrecipes.plan.job import Job
 from llmrecipes.plan.memory import RESERVED, Memory, checkpoint_bytes, memory_of, param_bytes
-from llmrecipes.plan.sizes import Sizes, model_sizes
+from llmrecipes.plan.sizes import Sizes, Trained, model_sizes
 from llmrecipes.recipe.mesh import HYBRID
 
 ASSUMED_MFU = 0.35
@@ -115,6 +115,11 @@ def usable(gpus: GPUs) -> float:
     return gpus.gpu.memory * (1 - RESERVED)
 
 
+def trained_of(job: Job) -> Trained:
+    """Which parameters the job trains."""
+    return Trained(job.trainable, job.frozen)
+
+
 def step_of(job: Job) -> Step:
     """One micro-batch of the job."""
     return Step(
@@ -127,6 +132,7 @@ def step_of(job: Job) -> Step:
         preference=job.preference,
         accumulates=job.micro_batches > 1 or job.sharded,
         on_gpu=job.accelerator == "gpu",
+        trained=trained_of(job),
     )
 
 
@@ -145,7 +151,7 @@ def make_plan(
         mfu: expected share of the peak. measured: where from, and tokens per second; wins over ``mfu``.
         failures_per_week: of the whole job; None = Llama 3's rate. save_seconds: that training waits for a checkpoint.
     """
-    model = model_sizes(job.config)
+    model = model_sizes(job.config, trained_of(job))
     activations = count_activations(job.config, step_of(job))
     memory = memory_of(job, model, activations)
     speed = _speed(job, gpus, mfu, measured)

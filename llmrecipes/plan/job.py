@@ -31,6 +31,7 @@ class Job:
         micro_batch, global_batch, seq_len, max_steps, loss_chunk: of the recipe.
         preference: log-probabilities of pairs instead of cross-entropy. reference: a second model stays in memory.
         save_every: optimizer steps between checkpoints; None = not given in steps or tokens.
+        trainable, frozen: which parameters have a gradient.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Job:
     preference: bool
     reference: bool
     save_every: int | None
+    trainable: tuple[str, ...] = ("all",)
+    frozen: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -130,6 +133,8 @@ def read_job(paths: Sequence[Path], overrides: Sequence[str] = (), gpus: GPUs | 
         preference=kind.endswith("PreferenceModule"),
         reference=reference,
         save_every=facts.steps("checkpoint", "every"),
+        trainable=tuple(facts.get(*MODEL, "trainable") or ("all",)),
+        frozen=tuple(facts.get(*MODEL, "frozen") or ()),
     )
     _check(job)
     return job

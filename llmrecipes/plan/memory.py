@@ -63,7 +63,9 @@ def param_bytes(precision: str) -> int:
     return 2 if precision in ("bf16-true", "16-true") else 4
 
 
-def memory_of(job: Job, model: Sizes, activations: float, mode: str | None = None, cpu_offload: bool | None = None) -> Memory:
+def memory_of(
+    job: Job, model: Sizes, activations: float, mode: str | None = None, cpu_offload: bool | None = None
+) -> Memory:
     """What one rank holds, in the job's mode or another.
 
     Raises:

@@ -8,7 +8,24 @@ import torch
 
 from llmrecipes.models import Decoder
 from llmrecipes.models.moe import Experts
+from llmrecipes.modules.trainable import set_trainable
 from llmrecipes.recipe import ModelConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Which parameters have a gradient: the recipe's ``trainable`` and ``frozen``."""
+
+    trainable: tuple[str, ...] = ("all",)
+    frozen: tuple[str, ...] = ()
+
+    def apply(self, model: Decoder) -> None:
+        """Leave a gradient to those alone."""
+        if self != ALL:
+            set_trainable(model, list(self.trainable), list(self.frozen))
+
+
+ALL = Trained()
 
 
 @dataclass(frozen=True)
@@ -36,10 +53,11 @@ class Sizes:
         return sum(self.block_experts)
 
 
-def model_sizes(config: ModelConfig) -> Sizes:
+def model_sizes(config: ModelConfig, trained: Trained = ALL) -> Sizes:
     """Build the model without storage and count; a tied embedding counts once."""
     with torch.device("meta"):
         model = Decoder(config)
+    trained.apply(model)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.layers]
     experts = [
         sum(p.numel() for module in block.modules() if isinstance(module, Experts) for p in module.parameters())
