@@ -27,7 +27,7 @@ from llmrecipes.recipe import ModelConfig
 
 _aten = torch.ops.aten
 # Up to so many layers all are run; beyond, two depths are, and what lies between them is the same for every layer.
-_WHOLE, _DEPTHS = 12, (4, 8)
+_WHOLE, _DEPTHS = 8, (2, 4)
 
 
 @dataclass(frozen=True)
