@@ -84,7 +84,7 @@ def _kind(config: ModelConfig, layer: int) -> tuple[Any, ...]:
 def _shortened(config: ModelConfig, depth: int) -> ModelConfig:
     """The first layers of a model whose layers are all alike."""
     lists = {name: getattr(config, name) for name in ("window_layers", "dense_layers", "nope_layers")}
-    cut = {name: [i for i in value if i < depth] for name, value in lists.items() if value is not None}
+    cut: dict[str, Any] = {name: [i for i in value if i < depth] for name, value in lists.items() if value is not None}
     moe = config.moe
     if moe is not None and moe.experts_per_layer is not None:
         moe = replace(moe, experts_per_layer=moe.experts_per_layer[: depth // config.moe_every])

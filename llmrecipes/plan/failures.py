@@ -33,7 +33,8 @@ def failure_cost(
 
     Args:
         seconds: of the run without failures. per_week: failures of the whole job.
-        interval: between checkpoints. save_seconds: that training waits for one. restart_seconds: until it trains again.
+        interval: between checkpoints. save_seconds: that training waits for one. restart_seconds: until it
+            trains again.
     """
     failures = seconds / WEEK * per_week
     between = WEEK / per_week if per_week else math.inf

@@ -78,15 +78,22 @@ def parse_gpus(text: str) -> GPUs:
         UserError: no such form, or no such GPU, with the nearest names.
     """
     compact = text.strip().upper().replace(" ", "").replace("*", "X").replace("GB", "G")
-    found = re.fullmatch(r"(\d+)X(.+)|(.+?)X(\d+)|(.+)", compact)
-    count_text, name = (found[1] or found[4] or "1", found[2] or found[3] or found[5]) if found else ("0", "")
-    if int(count_text) < 1:
+    before, after = re.fullmatch(r"(\d+)X(.+)", compact), re.fullmatch(r"(.+)X(\d+)", compact)
+    readings = [(int(before[1]), before[2])] if before else []
+    readings.append((1, compact))  # RTX3090 ends like a number of RT
+    readings += [(int(after[2]), after[1])] if after else []
+    for count, name in readings:
+        known = _named(name)
+        if len(known) == 1 and count > 0:
+            return GPUs(count, known[0])
+    count, name = readings[0]
+    if not name or count < 1:
         raise UserError(f"--gpus {text}: write a number and a name, such as 24xH100-80G or RTX3090")
-    if name in GPUS:
-        return GPUs(int(count_text), GPUS[name])
-    short = [known for known in GPUS if known.rpartition("-")[0] == name]
-    if len(short) == 1:
-        return GPUs(int(count_text), GPUS[short[0]])
-    known = short or difflib.get_close_matches(name, list(GPUS), 3, 0.5)
-    hint = f"did you mean {' or '.join(known)}?" if known else "known: " + ", ".join(GPUS)
+    near = [gpu.name for gpu in _named(name)] or difflib.get_close_matches(name, list(GPUS), 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "known: " + ", ".join(GPUS)
     raise UserError(f"--gpus {text}: there is no '{name}' in the table - {hint}")
+
+
+def _named(name: str) -> list[GPU]:
+    """The GPU of this name, or all that have it without their memory."""
+    return [GPUS[name]] if name in GPUS else [gpu for gpu in GPUS.values() if gpu.name.rpartition("-")[0] == name]

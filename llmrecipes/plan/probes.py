@@ -124,10 +124,8 @@ def driver(needs: Needs) -> list[Finding]:
         ["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=needs.timeout
     )
     if done.returncode:
-        what = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
-        return [
-            Finding(state if needs.gpu else "warn", f"nvidia-smi fails: {what[0]}", "reboot or reinstall the driver")
-        ]
+        said = ((done.stdout + done.stderr).strip().splitlines() or ["no message"])[0]
+        return [Finding(state if needs.gpu else "warn", f"nvidia-smi fails: {said}", "reboot or reinstall the driver")]
     found = []
     for number, line in enumerate(done.stdout.strip().splitlines()):
         version, name, used, total = (part.strip() for part in line.split(","))

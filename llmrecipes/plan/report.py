@@ -129,10 +129,10 @@ def _checkpoints(plan: Plan) -> list[str]:
     lines = ["checkpoints and failures", row("a checkpoint", gibibytes(plan.checkpoint), f"({plan.checkpoint:.3g} B)")]
     cost, every = plan.failures, plan.job.save_every
     if cost is None or every is None or plan.step_seconds is None or plan.seconds is None:
-        return lines if plan.job.accelerator == "gpu" else ["", lines[1]][1:]
+        return lines
     interval = every * plan.step_seconds
     lines.append(row("every", f"{every:,} steps = {duration(interval)}"))
-    lines.append(row("failures", f"{plan.failures_per_week:.2g} a week, {cost.failures:.1f} in the run"))
+    lines.append(row("failures", f"{plan.failures_per_week:.2g} a week, {cost.failures:.2g} in the run"))
     lost = f"{duration(cost.lost)} ({cost.lost / plan.seconds:.2%})"
     lines.append(row("lost to them", lost, f"(half an interval and {duration(RESTART_SECONDS)} of restart each)"))
     saving = f"{duration(cost.saving)} ({cost.saving / plan.seconds:.2%})"

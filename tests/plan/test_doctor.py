@@ -5,8 +5,8 @@ import stat
 import time
 
 import pytest
-
 from helpers import cli
+
 from llmrecipes.plan import doctor, probes
 from llmrecipes.plan.doctor import Probe, examine, worst
 from llmrecipes.plan.probes import Finding, Needs

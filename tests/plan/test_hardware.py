@@ -17,6 +17,7 @@ from llmrecipes.plan.units import count_of, duration, gibibytes, share_of, short
         ("H100-80Gx24", 24, "H100-80G"),
         ("rtx3090", 1, "RTX3090-24G"),
         ("4 x RTX4090", 4, "RTX4090-24G"),
+        ("RTX4090x4", 4, "RTX4090-24G"),
         ("8xA100-40GB", 8, "A100-40G"),
     ],
 )
@@ -32,7 +33,7 @@ def test_gpus_are_understood(text, count, name):
         ("8xA100", "A100-80G or A100-40G"),
         ("0xH100", "write a number and a name"),
         ("3xTPU", "known: "),
-        ("", "known: "),
+        ("", "write a number and a name"),
     ],
 )
 def test_a_slip_is_answered(text, hint):

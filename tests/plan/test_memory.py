@@ -6,9 +6,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from helpers import cli, write_recipe
 
 from benchmarks.planned_memory import TOLERANCE, estimated, measured
-from helpers import cli, write_recipe
 from llmrecipes.errors import UserError
 from llmrecipes.plan.activations import Step, count_activations
 from llmrecipes.plan.hardware import parse_gpus
@@ -55,8 +55,8 @@ def job(recipe, tmp_path):
 
 
 def test_strategies(job):
-    model = model_sizes(job.config)
-    job = replace(job, sharded=True, per_node=8, nodes=2, mode="full_shard")
+    model = model_sizes(DENSE)
+    job = replace(job, config=DENSE, sharded=True, per_node=8, nodes=2, mode="full_shard")
     whole = memory_of(job, model, 0, "no_shard")
     states = {mode: memory_of(job, model, 0, mode) for mode in ("full_shard", "shard_grad_op", "hybrid_shard")}
     assert whole.weights + whole.gradients + whole.optimizer == 16 * model.total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 import pytest
 
 from llmrecipes.plan.budget import DAY, optimal, over_training, solve
@@ -93,12 +95,10 @@ def test_stages_of_bloom():
 
 
 def test_balance_is_the_best_of_all_cuts():
-    from itertools import combinations
-
     sizes = [5.0, 1, 2, 4, 1, 1, 3]
     for stages in range(1, 8):
         cuts = [(0, *cut, 7) for cut in combinations(range(1, 7), stages - 1)]
-        best = min(max(sum(sizes[a:b]) for a, b in zip(cut, cut[1:], strict=False)) for cut in cuts)
+        best = min(max(sum(sizes[a:b]) for a, b in pairwise(cut)) for cut in cuts)
         counts, start, worst = balance(sizes, stages), 0, 0.0
         for count in counts:
             worst, start = max(worst, sum(sizes[start : start + count])), start + count
