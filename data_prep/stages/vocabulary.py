@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ from data_prep.vocabulary import (
 )
 from llmrecipes.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # counts up when the same recipe would give other pieces
+_LATIN = re.compile("[A-Za-zＡ-Ｚａ-ｚ]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,8 @@ def parts(config: VocabularyConfig) -> None:
             print(f"{name}: {len(_load(file)):,} pieces are there already")
             continue
         lines = sampled_lines(part.files, config.field, round(part.sample_mb * 1e6), config.seed)
+        if part.drop_latin:
+            lines = list(without_latin(lines))
         print(f"{name}: {len(lines):,} lines sampled; training {part.vocab_size:,} pieces", flush=True)
         vocabulary = train_part(
             segmented(lines) if part.presegment == "fugashi" else lines,
@@ -203,6 +207,12 @@ def sampled_lines(files: list[str], field: str, sample_bytes: int, seed: int) ->
     if not found:
         raise UserError(f"{', '.join(files)}: no text to train on")
     return sorted(found)  # the trainer's result depends on the order
+
+
+def without_latin(lines: list[str]) -> Iterator[str]:
+    """Lines cut at runs of Latin letters, without them: pieces that would be dropped must not fill the vocabulary."""
+    for line in lines:
+        yield from (part for part in _LATIN.split(line) if part.strip())
 
 
 def segmented(lines: list[str]) -> Iterator[str]:

@@ -95,10 +95,8 @@ class Logging(L.Callback):
         metrics = pl_module.validation_metrics
         if not metrics:
             return
-        domains = "  ".join(f"{k.partition('/')[2]} {v:.4f}" for k, v in metrics.items() if "/" in k)
-        loss = metrics["val_loss"]
         step = trainer.global_step if self.validated_step is None else self.validated_step
-        line = f"valid {step:>6}  val_loss {loss:.4f}  ppl {math.exp(loss):.2f}  {domains}"
+        line = validation_line(step, metrics, pl_module.measured)
         if trainer.state.fn == "fit":
             if trainer.global_step == self._validated:
                 return  # a resumed run repeated a validation that was written down before it was killed
@@ -123,6 +121,20 @@ class Logging(L.Callback):
             self._file = None
 
 
+def validation_line(step: int, metrics: dict[str, float], measured: tuple[str, ...]) -> str:
+    """The one line of a validation: the loss, what the stage measures beside it, and the loss of each set.
+
+    The loss is the log of a perplexity where nothing else is measured; a preference loss is none.
+    """
+    loss = metrics["val_loss"]
+    parts = [f"valid {step:>6}", f"val_loss {loss:.4f}"]
+    parts += [f"{name.partition('/')[2]} {metrics[f'val_{name}']:.4f}" for name in measured if f"val_{name}" in metrics]
+    parts += [] if measured else [f"ppl {math.exp(loss):.2f}"]
+    prefix = "val_loss/"
+    parts += [f"{name.removeprefix(prefix)} {value:.4f}" for name, value in metrics.items() if name.startswith(prefix)]
+    return "  ".join(parts)
+
+
 def console_line(record: dict[str, Any], max_steps: int, seconds_left: float | None) -> str:
     """The one line a person reads."""
     step = record["step"]
@@ -136,6 +148,7 @@ def console_line(record: dict[str, Any], max_steps: int, seconds_left: float | N
         f"lr {record['lr']:.2e}",
         f"{record['tokens_per_second']:,.0f} tok/s",
     ]
+    parts += [f"{name[8:]} {record[name]:.3f}" for name in ("rewards/margins", "rewards/accuracies") if name in record]
     if record.get("refused"):
         parts.append("update left out")
     if "mfu" in record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmrecipes.callbacks.logging import console_line, flatten
+from llmrecipes.callbacks.logging import console_line, flatten, validation_line
 from llmrecipes.callbacks.throughput import PEAK_FLOPS, Throughput, clock, known_peak, peak_memory
 
 DENSE = {
@@ -129,3 +129,17 @@ def test_throughput_counts_steps_for_the_rate_and_everything_for_the_forecast(mo
         step(2.0)
     assert timer.rate() == pytest.approx(50.0)  # only since last asked, pauses left out
     assert timer.seconds_left(14, 20) == pytest.approx((10.0 / 3) * 6)  # 1 + 3 x (2 + 1) seconds for three steps
+
+
+def test_a_validation_shows_the_loss_of_every_set_and_a_perplexity_where_there_is_one():
+    metrics = {"val_loss/ja": 2.0, "val_loss/en": 1.0, "val_loss": 1.5}
+    assert validation_line(40, metrics, ()) == "valid     40  val_loss 1.5000  ppl 4.48  ja 2.0000  en 1.0000"
+    pairs = {"val_loss/p": 0.6, "val_loss": 0.6, "val_rewards/accuracies/p": 0.75, "val_rewards/accuracies": 0.75}
+    assert validation_line(40, pairs, ("rewards/accuracies",)) == (
+        "valid     40  val_loss 0.6000  accuracies 0.7500  p 0.6000"
+    )
+
+
+def test_preferences_show_margins_and_accuracy():
+    line = console_line(DENSE | {"rewards/margins": 0.25, "rewards/accuracies": 0.8}, 10_000, None)
+    assert "margins 0.250  accuracies 0.800" in line

@@ -25,7 +25,8 @@ def texts_of(folder):
 
 def test_golden(corpus):
     digest = hashlib.sha256()
-    files = sorted(corpus.iterdir())
+    asked_again = {"chat.jsonl", "preferences.jsonl"}  # made of the questions
+    files = sorted(path for path in corpus.iterdir() if path.name not in asked_again)
     assert len(files) == 6
     for path in files:
         digest.update(path.name.encode() + path.read_bytes())
@@ -40,7 +41,7 @@ def test_seed_decides(corpus, tmp_path):
         assert (tmp_path / "same" / path.name).read_bytes() == path.read_bytes()
         assert (tmp_path / "other" / path.name).read_bytes() != path.read_bytes()
         seen += 1
-    assert seen == 6
+    assert seen == 8
 
 
 def test_records(corpus):
@@ -161,3 +162,14 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="holds other files too"):
         demo(str(tmp_path), documents=100, overwrite=True)
     assert (tmp_path / "notes.txt").exists()
+
+
+def test_conversations_and_preferences_are_the_questions_that_documents_ask(corpus):
+    asked = [json.loads(line) for line in (corpus / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    shown = {question["question"]: question["answer"] for question in asked if not question["held_out"]}
+    talks = [json.loads(line)["messages"] for line in (corpus / "chat.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {user["content"]: assistant["content"] for user, assistant in talks} == shown
+    pairs = [json.loads(line) for line in (corpus / "preferences.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(pairs) > 0.9 * len(shown)
+    for pair in pairs:
+        assert pair["chosen"] == shown[pair["prompt"]] != pair["rejected"]

@@ -90,6 +90,13 @@ def test_steps_one_by_one_give_the_same_and_are_not_repeated(built, tmp_path, ca
     assert capsys.readouterr().out.count("are there already") == 2
 
 
+def test_a_japanese_part_is_not_filled_with_letters():
+    """11,000 of 28,000 pieces were letters only before these were cut out of the text."""
+    from data_prep.stages.vocabulary import without_latin
+
+    assert list(without_latin(["関数printは", "ABC", "これ"])) == ["関数", "は", "これ"]
+
+
 def test_stats_by_hand(built, tmp_path, capsys):
     import json
 
