@@ -193,10 +193,14 @@ class LiveBytes(TorchDispatchMode):
 
     def _padded_pairs(self) -> int:
         """Rows of the sorted token-expert pairs, each expert's block padded to 64: half a block on average."""
-        moe = self._config.moe
-        assert moe is not None
-        experts = max(self._config.layer_experts)
-        return self._step.rows * self._step.length * moe.top_k + 32 * experts
+        config, lora = self._config, self._config.lora
+        if config.moe is not None:
+            experts, top_k = max(config.layer_experts), config.moe.top_k
+        else:
+            assert lora is not None
+            assert lora.experts is not None
+            experts, top_k = lora.experts.num_choices, lora.experts.top_k
+        return self._step.rows * self._step.length * top_k + 32 * experts
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -109,7 +109,8 @@ def test_slips(recipe, tmp_path, capsys):
 def test_estimated_against_measured(recipe, tmp_path, moe):
     """Peak of torch's allocator over real steps: within 10 %; without what activations take (the mutant), far off."""
     path = write_recipe(tmp_path, recipe(moe=moe, seq_len=256, micro_batch=8, global_batch=8))
-    overrides = ["--model.init_args.config.dim", "64", "--trainer.precision", "32-true"]
+    # With dropout a CPU's attention holds whole scores, and the documents of these shards are shorter than a row.
+    overrides = ["--model.init_args.config.dim", "64", "--model.init_args.config.dropout", "0"]
     guess, truth = estimated(path, overrides), measured(path, overrides)
     assert abs(guess / truth - 1) < TOLERANCE, (guess, truth)
     assert model_sizes(read_job([path], overrides).config).total * 16 < 0.5 * truth
