@@ -17,8 +17,8 @@ from llmrecipes.recipe.rules.model import build_config
 
 ROOT = REPOSITORY / "recipes"
 EVERY_FILE = sorted(p.relative_to(REPOSITORY) for p in ROOT.rglob("*") if p.suffix in (".yaml", ".yml"))
-# Recipes of data preparation are of another kind; their stages read them.
-TRAINING = [path for path in EVERY_FILE if path.parts[1] != "data"]
+# Recipes of data preparation and of evaluation are of other kinds; their commands read them.
+TRAINING = [path for path in EVERY_FILE if path.parts[1] not in ("data", "eval")]
 HEADER = ("Purpose", "Command", "Hardware", "Expect", "Next")
 
 
@@ -196,3 +196,14 @@ def test_cpu_twins_are_a_fair_pair():
         recipe["model"]["init_args"]["config"].pop("moe", None)
         recipe["model"]["init_args"]["config"].pop("ffn_dim", None)
     assert dense == moe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_evaluation_recipes_are_understood(path):
+    from data_prep.frame.config import read_config
+    from llmrecipes.errors import UserError
+    from llmrecipes.evaluate.config import EvaluateConfig
+
+    assert len(read_config(EvaluateConfig, ["--config", str(path)], files=False).tasks) == 4
+    with pytest.raises(UserError, match="batch_sizes"):
+        read_config(EvaluateConfig, ["--config", str(path), "--batch_sizes", "8"], files=False)

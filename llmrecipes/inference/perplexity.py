@@ -149,13 +149,14 @@ def _nats(model: Decoder, parts: list[_Part], vocab_size: int | None) -> list[fl
     if not parts:
         return []
     lengths = [len(part.tokens) - 1 for part in parts]  # the last token is only predicted
-    tokens = torch.tensor([[token for part in parts for token in part.tokens[:-1]]])
+    device = model.head_weight.device
+    tokens = torch.tensor([[token for part in parts for token in part.tokens[:-1]]], device=device)
     hidden: Tensor = model(tokens, document_lengths=[lengths]).hidden[0]
     weight = model.head_weight[: vocab_size or model.config.vocab_size]
     found = []
     for part, piece in zip(parts, hidden.split(lengths), strict=True):
         context = part.window.first - part.window.start - 1
-        labels = torch.tensor(part.tokens[1 + context :])
+        labels = torch.tensor(part.tokens[1 + context :], device=device)
         loss, count = linear_cross_entropy(piece[context:], weight, labels)
         assert int(count) == part.window.stop - part.window.first
         found.append(float(loss))

@@ -1,0 +1,1 @@
+"""What a model has learned: tasks, scores with their uncertainty, and the report."""

@@ -1,0 +1,169 @@
+"""The recipe of an evaluation. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_prep.frame.config import Finding
+from llmrecipes.evaluate.average import CATEGORIES
+from llmrecipes.evaluate.metrics import METRICS
+
+# Kind of task: category, metric of the average, most new tokens (llm-jp-eval's output_length where it has the task).
+KINDS: dict[str, tuple[str | None, str, int]] = {
+    "jcommonsenseqa": ("MC", "exact_match", 1),
+    "jsquad": ("RC", "char_f1", 25),
+    "jmmlu": ("HE", "exact_match", 1),
+    "mgsm_ja": ("MR", "exact_match", 10),
+    "llm_jp_eval": (None, "exact_match", 0),
+    "questions": (None, "contains", 32),
+    "perplexity": (None, "bits_per_byte", 0),
+}
+CHAT_TOKENS = 128  # of a chat model that reasons before it answers
+Kind = Literal["jcommonsenseqa", "jsquad", "jmmlu", "mgsm_ja", "llm_jp_eval", "questions", "perplexity"]
+Ask = Literal["instruction", "chat", "cloze"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """One task.
+
+    Args:
+        kind: what the file holds and how it is scored; see docs/evaluation.md.
+        file: its questions, JSON lines (of llm_jp_eval one JSON object; of perplexity texts).
+        name: of its folder and row; null = the kind.
+        ask: "instruction" (llm-jp-eval's prompt with examples), "chat" (the chat template), "cloze" (questions only: the beginning of the answering sentence); null = instruction, for questions chat.
+        few_shot_file: where the examples come from; the same as file: its first questions, which are then not asked.
+        few_shots: examples before each question.
+        limit: ask only the first so many; null = all.
+        max_new_tokens: longest answer; null = llm-jp-eval's output_length of the task, 32 for questions.
+        instruction: other words than the kind's.
+        cut: where an answer ends: "blank_line" (llm-jp-eval), "line", "none"; null = blank_line, for cloze line.
+        metric: of llm_jp_eval files: exact_match, exact_match_figure, last_number, char_f1, set_f1, pearson, contains or begins_with; null = the kind's.
+        category: of llm_jp_eval files: NLI, QA, RC, MC, HE, EL, FA, MR or MT; null = in no average.
+        form: a regular expression that a whole answer obeys; null = the kind's.
+        field: of perplexity: name of the text in a JSON line.
+    """  # noqa: E501 - one line an argument is what the help shows
+
+    kind: Kind
+    file: str
+    name: str | None = None
+    ask: Ask | None = None
+    few_shot_file: str | None = None
+    few_shots: int = 0
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    instruction: str | None = None
+    cut: Literal["blank_line", "line", "none"] | None = None
+    metric: str | None = None
+    category: str | None = None
+    form: str | None = None
+    field: str = "text"
+
+    @property
+    def title(self) -> str:
+        """Name of the task."""
+        return self.name or self.kind
+
+    @property
+    def way(self) -> Ask:
+        """How it is asked."""
+        return self.ask or ("chat" if self.kind == "questions" else "instruction")
+
+    @property
+    def end(self) -> str:
+        """Where an answer is cut."""
+        return self.cut or ("line" if self.way == "cloze" else "blank_line")
+
+    @property
+    def main_metric(self) -> str:
+        """The figure that stands for the task."""
+        if self.kind == "questions" and self.metric is None and self.way == "cloze":
+            return "begins_with"
+        return self.metric or KINDS[self.kind][1]
+
+    @property
+    def group(self) -> str | None:
+        """Its category in the average."""
+        return self.category or KINDS[self.kind][0]
+
+    def problems(self) -> Iterator[Finding]:
+        """What is wrong with the task."""
+        if Path(self.title).name != self.title or self.title.startswith("."):
+            yield ("name",), f"name: {self.title!r} is no name of a folder", "use letters, digits, - and _"
+        if self.few_shots < 0 or (self.limit is not None and self.limit < 1):
+            yield ("few_shots",), "few_shots is 0 or more, limit 1 or more", "correct them"
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            yield ("max_new_tokens",), f"max_new_tokens: {self.max_new_tokens} leaves no answer", "write 1 or more"
+        if self.few_shots > 0 and self.few_shot_file is None:
+            yield ("few_shots",), "few_shots: there is no file to take examples from", "name it in few_shot_file"
+        if self.few_shots == 0 and self.few_shot_file is not None:
+            yield ("few_shot_file",), "few_shot_file: without few_shots it has no effect", "add few_shots: 4"
+        if self.ask == "cloze" and self.kind != "questions":
+            yield ("ask",), f"ask: cloze is for questions, not for {self.kind}", "write instruction or chat"
+        if self.few_shots and (self.way != "instruction" or self.kind in ("questions", "perplexity")):
+            yield ("few_shots",), "few_shots: examples stand in llm-jp-eval's prompt only", "use ask: instruction"
+        if self.metric is not None and self.metric not in (*METRICS, "pearson"):
+            yield ("metric",), f"metric: there is no {self.metric!r}", f"one of {', '.join([*METRICS, 'pearson'])}"
+        if self.category is not None and self.category not in CATEGORIES:
+            yield ("category",), f"category: there is no {self.category!r}", f"one of {', '.join(CATEGORIES)}"
+
+    def missing(self) -> Iterator[Finding]:
+        """Files that are not there."""
+        for key in ("file", "few_shot_file"):
+            name = getattr(self, key)
+            if name is not None and not Path(name).exists():
+                yield (key,), f"{key}: {name}: no such file", "correct the path, or make the file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured of one model.
+
+    Args:
+        model: run folder, checkpoint, folder written by convert, or Hugging Face folder.
+        tasks: see docs/evaluation.md.
+        output: folder for answers and scores; null = MODEL/evaluation/RECIPE, for models that are run folders.
+        tokenizer: folder of another tokenizer than the model's own.
+        template: chat template: a jinja file, instruction_ja, alpaca or chatml; null = the model's own.
+        dtype: of weights and arithmetic.
+        device: "auto" takes a GPU if there is one.
+        batch_size: questions answered side by side.
+        strict: a category that no task measures counts 0 in the average, as in llm-jp-eval.
+        overwrite: measure again what was measured of another model or by another recipe.
+    """
+
+    model: str
+    tasks: list[TaskConfig]
+    output: str | None = None
+    tokenizer: str | None = None
+    template: str | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: int = 8
+    strict: bool = False
+    overwrite: bool = False
+
+    def problems(self) -> Iterator[Finding]:
+        """What is wrong, of each task too."""
+        if self.batch_size < 1:
+            yield ("batch_size",), f"batch_size: {self.batch_size} answers nothing", "write 1 or more"
+        if not self.tasks:
+            yield ("tasks",), "tasks: the list is empty", "name what to measure; see docs/evaluation.md"
+        titles = [task.title for task in self.tasks]
+        for number, task in enumerate(self.tasks):
+            if task.title in titles[:number]:
+                what = f"tasks: two are called {task.title}"
+                yield ("tasks", number), what, "give one another name: their answers would share a folder"
+            for path, what, hint in task.problems():
+                yield ("tasks", number, *path), what, hint
+
+    def missing(self) -> Iterator[Finding]:
+        """Files and folders that are not there."""
+        if not Path(self.model).exists():
+            yield ("model",), f"model: {self.model}: no such folder", "train it first, or correct the path"
+        for number, task in enumerate(self.tasks):
+            for path, what, hint in task.missing():
+                yield ("tasks", number, *path), what, hint

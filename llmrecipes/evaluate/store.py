@@ -1,0 +1,117 @@
+"""The folder of one task: what it belongs to, answers as they come, the result at the end. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_prep.jsonl import fingerprint as of_file
+from llmrecipes.errors import UserError
+from llmrecipes.evaluate.config import TaskConfig
+
+ANSWERS, RESULT, TASK, SUMMARY = "answers.jsonl", "result.json", "task.json", "summary.json"
+SMALL = 1 << 20
+
+
+class Store:
+    """Keeps a task's answers, so that a stopped evaluation goes on with the next question.
+
+    Args:
+        folder: of the task.
+        made_of: what its answers depend on.
+        overwrite: remove answers that depend on something else.
+
+    Raises:
+        UserError: the folder holds answers that depend on something else.
+    """
+
+    def __init__(self, folder: Path, made_of: dict[str, Any], overwrite: bool) -> None:
+        self.folder = folder
+        known = read_json(folder / TASK)
+        if known is not None and known != made_of:
+            other = [key for key in made_of if known.get(key) != made_of[key]]
+            if not overwrite:
+                raise UserError(
+                    f"{folder}: holds answers made with another {', '.join(other) or 'recipe'}; "
+                    "give another --output, or say --overwrite true"
+                )
+            for name in (RESULT, ANSWERS):
+                (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / TASK, made_of)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What a finished task measured."""
+        return read_json(self.folder / RESULT)
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """Answers by the id of their question; a last line cut short by a kill is taken off."""
+        path = self.folder / ANSWERS
+        found, good = {}, 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            if row is None:
+                break
+            found[row["id"]], good = row, good + len(line)
+        if path.exists() and path.stat().st_size != good:
+            with path.open("r+b") as file:
+                file.truncate(good)
+        return found
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Add answers."""
+        with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The task is done."""
+        write_json(self.folder / RESULT, result)
+
+
+def made_of(task: TaskConfig, model: str, how: dict[str, Any]) -> dict[str, Any]:
+    """What the answers to a task depend on: the model, the task, the contents of its files, how it is asked."""
+    files = {key: of_file(Path(name)) for key in ("file", "few_shot_file") if (name := getattr(task, key))}
+    fields = {key: value for key, value in asdict(task).items() if key not in files}
+    return {"model": model, "task": fields, "files": files, "how": how}
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Tells models apart: names and sizes of all files and contents of the small ones (a checkpoint's manifest holds
+    the checksums of its weights)."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.parts)):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        if size <= SMALL:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; None when it is not there or was cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of it or nothing."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def evaluations(folder: Path) -> Iterator[Path]:
+    """Folders of finished evaluations in ``folder`` or in its ``evaluation``."""
+    for place in (folder, *sorted((folder / "evaluation").glob("*"))):
+        if (place / SUMMARY).is_file():
+            yield place
