@@ -23,6 +23,9 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "check": ("llmrecipes.recipe.check", "main", "every mistake in recipes at once, without starting anything"),
+    "plan": ("llmrecipes.plan.commands", "plan", "memory, time and cost of a recipe, and whether it fits"),
+    "budget": ("llmrecipes.plan.commands", "budget", "tokens from GPUs, days and MFU; a fit of own losses"),
+    "doctor": ("llmrecipes.plan.commands", "doctor", "what this machine lacks, and what to do about it"),
     "convert": ("llmrecipes.convert.commands", "main", "checkpoints in and out, each verifies itself"),
     "merge": ("llmrecipes.convert.merge_commands", "main", "experts into one mixture, adapters into weights"),
     "generate": ("llmrecipes.inference.commands", "generate", "text from a model: continue prompts, or chat"),
