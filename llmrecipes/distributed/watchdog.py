@@ -113,6 +113,8 @@ class Judge:
         self._broken: float | None = None
         self._failed_at: float | None = None
         self._last_look = now
+        # Silent ranks that rank 0 no longer needs: it has done all its work, which no rank can do without the others.
+        self.unheard: list[int] = []
 
     def look(self, beats: list[Beat], now: float) -> Verdict | None:
         """The verdict on what the ranks say now, in their order; None = go on."""
@@ -123,7 +125,8 @@ class Judge:
             if beat.progress != before.progress:
                 self._progressed[rank] = now
         self._beats = beats
-        active = [rank for rank, beat in enumerate(beats) if beat.state not in ("left", "failed")]
+        gone = ("left", "failed")
+        active = [rank for rank, beat in enumerate(beats) if beat.state not in gone and rank not in self.unheard]
         return (
             self._failed(now) or self._silent(active, now) or self._cut_off(active, now) or self._stalled(active, now)
         )
@@ -152,6 +155,9 @@ class Judge:
         limit = min(self.silence, SILENCE_AFTER_BREAK) if broken else self.silence
         silent = [rank for rank in active if now - self._heard[rank] > limit]
         if not silent:
+            return None
+        if self._beats[0].state == "left":
+            self.unheard += silent
             return None
         first = max(now - self._heard[rank] for rank in silent)
         names = " and ".join(f"{self.reports[rank]}, last at {self._beats[rank].place}," for rank in silent[:8])
@@ -326,6 +332,10 @@ class Watchdog:
         verdict = death or judge.look(beats, time.monotonic())
         if verdict is not None:
             self._end_job(verdict)
+        elif judge.unheard and all(beat.state == "left" or rank in judge.unheard for rank, beat in enumerate(beats)):
+            names = " and ".join(str(self.reports[rank]) for rank in judge.unheard[:8])
+            self._say(f"the run is complete, but {names} never said so", log.warning)
+            self._done.set()
 
     def _beats(self, store: TCPStore) -> list[Beat]:
         keys = [self._key(f"beat/{rank}") for rank in range(len(self.reports))]
@@ -397,11 +407,11 @@ class Watchdog:
         while store.add(self._key("acknowledged"), 0) < len(self.reports) - 1 and time.monotonic() < end:
             time.sleep(0.1)
 
-    def _say(self, message: str) -> None:
+    def _say(self, message: str, tell: Callable[[str], None] = log.error) -> None:
         """In a thread of its own: the main thread may hold the log's lock for ever."""
-        advice = self.advice()
+        advice = self.advice() if tell == log.error else ""
         text = f"{message}; {advice}" if advice else message
-        thread = threading.Thread(target=log.error, args=(text,), daemon=True)
+        thread = threading.Thread(target=tell, args=(text,), daemon=True)
         thread.start()
         thread.join(3)
 

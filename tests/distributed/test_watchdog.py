@@ -116,6 +116,19 @@ def test_those_that_left_are_not_missed():
     assert ranks.seconds(1000, silent=[1, 2]) == (None, 1000)
 
 
+def test_a_silent_rank_no_longer_matters_when_rank_0_has_done_its_work():
+    """No rank gets to the end without the others: the run is complete, whatever became of the one that is not heard."""
+    ranks = Ranks()
+    ranks.seconds(50, silent=[1])
+    assert ranks.judge.unheard == []
+    ranks = Ranks()
+    ranks.beats[0].state = "left"
+    assert ranks.seconds(1000, silent=[1]) == (None, 1000)
+    assert ranks.judge.unheard == [1]
+    ranks.beats[2].state, ranks.beats[2].message = "failed", "KeyError: 0"
+    assert ranks.seconds(100, silent=[1])[0].message.startswith("rank 2 (pid 102 on n2) failed")
+
+
 def test_time_in_which_the_judge_slept_does_not_count():
     """Ctrl-Z and fg of the whole job: nobody beat, nobody is dead."""
     ranks = Ranks()
