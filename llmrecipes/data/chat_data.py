@@ -231,11 +231,12 @@ class ConversationData(StepData):
     def _pack(self) -> None:
         train, valid = [], {}
         problems: list[str] = []
+        shared = {path: self.shared(encoded) for path, encoded in self._encoded.items()}
 
         def rows(path: str, chosen: np.ndarray, what: str) -> ExampleRows | None:
             try:
                 encoded = self._encoded[path]
-                return ExampleRows(encoded, self.size, self.shared(encoded), chosen, self.seq_len, self.pack, what)
+                return ExampleRows(encoded, self.size, shared[path], chosen, self.seq_len, self.pack, what)
             except UserError as error:
                 problems.extend(error.problems)
                 return None

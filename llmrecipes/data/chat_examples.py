@@ -33,10 +33,9 @@ class Counts:
     """What became of the conversations of a file.
 
     Attributes:
-        kept: examples. dropped: why others are none. notes: what was done to some of the kept ones.
+        dropped: why some are no examples. notes: what was done to some of the others.
     """
 
-    kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -103,7 +102,6 @@ class ChatEncoder:
                 f"the chat template of {self.template.where} and the tokenizer both begin a text with "
                 f"{self.tokenizer.piece(ids[0])!r}: twice the same piece; take it out of the template"
             )
-        counts.kept += 1
         return Example(np.array(ids, np.int32), np.array(trained, bool))
 
     def _bos_ids(self) -> set[int]:

@@ -168,7 +168,6 @@ class PreferencePairs(ConversationData):
         elif self._positions([side for side in pair if side]) > self.seq_len:
             counts.drop(f"chosen and rejected together are longer than seq_len {self.seq_len}")
         else:
-            counts.kept += 1
             counts.notes += one.notes
             return [side for side in pair if side is not None]
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,6 @@ from llmrecipes.modules.pretrain import PretrainModule
 from llmrecipes.modules.reference import reference_log_probs
 from llmrecipes.optim import AdamW, Schedule
 
-log = logging.getLogger("llmrecipes")
 Reference = Literal["precomputed", "copy"]
 
 
