@@ -33,6 +33,7 @@ class MoEConfig:
         ffn_dim: hidden width of one expert.
         score: router scores by softmax over all experts (Mixtral) or by sigmoid (DeepSeek-V3).
         renormalize: make the k chosen weights sum to one.
+        routed_scaling_factor: what the sum of the chosen experts is multiplied by (DeepSeek-V3, 2412.19437).
         balance: ``loss`` adds ``balance_coef * E * sum_e f_e P_e`` per layer (mean over layers; 1.0 at balance);
             ``bias`` moves a per-expert bias that only the choice of experts sees (2408.15664); ``none``.
         balance_coef: weight of the balance loss.
@@ -59,6 +60,7 @@ class MoEConfig:
     top_k: int = 2
     score: Score = "softmax"
     renormalize: bool = True
+    routed_scaling_factor: float = 1.0
     balance: Balance = "loss"
     balance_coef: float = 0.01
     balance_counts: Literal["step", "running"] = "step"
@@ -77,6 +79,8 @@ class MoEConfig:
         beside = self.residual or self.shared_ffn_dim is not None or self.capacity_factor is not None
         if self.router == "per_linear" and beside:
             problems.append("moe.router per_linear goes with neither residual, shared_ffn_dim nor capacity_factor")
+        if not 0 < self.routed_scaling_factor < math.inf:
+            problems.append(f"moe.routed_scaling_factor {self.routed_scaling_factor} is not a number above 0")
         if self.residual and self.shared_ffn_dim is not None:
             problems.append("moe.shared_ffn_dim and moe.residual are two answers to one question: choose one")
         if problems:
