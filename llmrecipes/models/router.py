@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipes.models.capacity import dropped_pairs, expert_capacity
-from llmrecipes.recipe.model_config import MoEConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 
 
 class Routing(NamedTuple):
