@@ -8,6 +8,7 @@ are therefore those of the training itself.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,6 +101,7 @@ def _measure(config: ModelConfig, step: Step) -> int:
         recompute_blocks(model, step.recompute)
         tokens = torch.zeros(step.rows, step.length, dtype=torch.int64)
         live = LiveBytes(config, step)
+        live.leave_out([tokens, *model.parameters(), *model.buffers()])
         with live:
             if step.accumulates:
                 for parameter in model.parameters():
@@ -157,6 +159,10 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: set[int] = set()
         self._config, self._step = config, step
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Not to be counted: what was there before. A view of it would otherwise pass for something new."""
+        self._seen.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -42,6 +42,11 @@ def test_checkpointing_and_rows():
     # What grows with a layer under full checkpointing is its input alone, [2, 64, 32] fp32.
     deeper = count_activations(replace(DENSE, num_layers=20), replace(STEP, recompute="full"))
     assert deeper - sizes["full"] == pytest.approx(10 * 2 * 64 * 32 * 4, rel=0.02)
+    # Also where weights come in bf16 and are looked at through views: they are counted elsewhere.
+    halves = replace(STEP, recompute="full", gathered_half=True)
+    for config in (DENSE, replace(EXPERTS, num_layers=10)):
+        deeper = count_activations(replace(config, num_layers=20), halves) - count_activations(config, halves)
+        assert deeper == pytest.approx(10 * 2 * 64 * 32 * 4, rel=0.02)
     small, large = (count_activations(EXPERTS, replace(STEP, rows=rows)) for rows in (2, 8))
     assert 2 < large / small < 4.5
     whole = replace(STEP, loss_chunk=128, on_gpu=True)

@@ -31,8 +31,10 @@ NEEDED = {
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 NO_START = Path("/usr/sbin/policy-rc.d")
 
-# Times are far below production's, which stand in brackets: a dead node is noticed after 10 s [300], a requeued job
-# waits 3 s [120], KILL follows TERM after 10 s [30].
+# Slurm takes less than 5 for cred_expire as nothing said.
+# Times are far below production's, which stand in brackets: a dead node is noticed after 60 s [300], so that
+# the ranks notice it first, as they do in production, a requeued job
+# waits 6 s [120], KILL follows TERM after 10 s [30].
 CONFIG = """
 ClusterName=llmrecipes
 SlurmctldHost={prefix}ctl(10.77.0.254)
@@ -42,7 +44,7 @@ SlurmctldPort=17817
 SlurmdPort=17818
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=3
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -63,7 +65,7 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 SlurmctldTimeout=10
-SlurmdTimeout=10
+SlurmdTimeout=60
 KillWait=10
 InactiveLimit=0
 MinJobAge=3600
@@ -138,6 +140,7 @@ class Cluster:
     # ---- up and down
 
     def start(self) -> None:
+        self._sweep()
         (self.folder / "state").mkdir(parents=True)
         self._write_files()
         _run("ip", "netns", "add", f"{self.prefix}sw")
@@ -209,6 +212,15 @@ class Cluster:
             self._kill(space)
         for space in spaces:
             subprocess.run(["ip", "netns", "delete", space], capture_output=True)
+
+    def _sweep(self) -> None:
+        """End what a test session left that was killed: its process number is in the names."""
+        names = [line.split()[0] for line in _run("ip", "netns", "list").splitlines()]
+        for space in names:
+            owner = re.fullmatch(r"lr(\d+)(?:ctl|sw|n\d+)", space)
+            if owner and not Path("/proc", owner[1]).exists():
+                self._kill(space)
+                subprocess.run(["ip", "netns", "delete", space], capture_output=True)
 
     def _kill(self, space: str) -> None:
         for _ in range(50):

@@ -7,14 +7,22 @@ from pathlib import Path
 
 import lightning.pytorch as L
 
+from llmrecipes.callbacks import GracefulStop
+
 
 class Pace(L.Callback):
-    """Waits ``seconds`` before each step; after ``hold`` steps until the file ``release`` exists."""
+    """Waits ``seconds`` before each step; after ``hold`` steps until the file ``release`` exists, or for a signal."""
 
-    def __init__(self, seconds: float, hold: int | None = None, release: str = "") -> None:
-        self.seconds, self.hold, self.release = seconds, hold, Path(release)
+    def __init__(self, seconds: float = 0.0, hold: int | None = None, release: str | None = None) -> None:
+        self.seconds, self.hold, self.release = seconds, hold, release
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         time.sleep(self.seconds)
-        while trainer.global_step == self.hold and not self.release.exists():
+        while trainer.global_step == self.hold and not self.released(trainer):
             time.sleep(0.05)
+
+    def released(self, trainer) -> bool:
+        if self.release is not None:
+            return Path(self.release).exists()
+        (stop,) = (callback for callback in trainer.callbacks if isinstance(callback, GracefulStop))
+        return stop.requests is not None and stop.requests.received is not None
