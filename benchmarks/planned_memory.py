@@ -54,10 +54,14 @@ def estimated(recipe: Path | Sequence[Path], overrides: list[str]) -> float:
     return make_plan(read_job([recipe] if isinstance(recipe, Path) else recipe, overrides)).memory.device
 
 
-def short(steps: int) -> list[str]:
+def short(configs: Sequence[Path], steps: int) -> list[str]:
     """Overrides that end a recipe after some steps."""
+    from llmrecipes.recipe import read_recipe
+
     words = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps), "--logging.every", "1"]
     words += ["--samples.every", "null", "--checkpoint.every", f"{steps} steps", "--checkpoint.keep_every", "null"]
+    if "token_budget" in read_recipe(configs).data["model"]["init_args"]:
+        words += ["--model.init_args.token_budget", "null"]
     return [*words, "--model.init_args.schedule.init_args.warmup", "1 steps"]
 
 
@@ -70,7 +74,7 @@ def measured(recipe: Path | Sequence[Path], overrides: list[str], steps: int = S
     configs = [recipe] if isinstance(recipe, Path) else recipe
     with tempfile.TemporaryDirectory() as folder:
         words = ["fit", *(word for path in configs for word in ("--config", str(path)))]
-        words += ["--run_root", folder, "--resume", "never", *overrides, *short(steps)]
+        words += ["--run_root", folder, "--resume", "never", *overrides, *short(configs, steps)]
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             code = main(words)
         if code:
@@ -82,6 +86,13 @@ def measured(recipe: Path | Sequence[Path], overrides: list[str], steps: int = S
         peak = max(peak, held)
     assert peak, "the profiler saw no allocation"
     return float(peak)
+
+
+def _fit(*names: str) -> str:
+    """One step of a recipe, and of what is laid over it."""
+    configs = [Path("recipes/cpu", f"{name}.yaml") for name in names]
+    words = [word for path in configs for word in ("--config", str(path))]
+    return shlex.join(["fit", *words, *short(configs, 1), "--resume", "never"])
 
 
 def prepare(folder: Path, documents: int = 6000) -> None:
@@ -104,14 +115,11 @@ def prepare(folder: Path, documents: int = 6000) -> None:
     run.append(
         f"data tokenize --input {files} --tokenizer data/demo/tokenizer --output_dir data/demo/shards --overwrite true"
     )
-    tail = shlex.join([*short(1), "--resume", "never"])
-    cpu = "--config recipes/cpu"
-    run += [f"fit {cpu}/{name}_pretrain.yaml {tail}" for name in ("moe", "dense")]
-    for more in ("", f"{cpu}/lora_expert_people.yaml", f"{cpu}/lora_expert_arithmetic.yaml"):
-        run.append(f"fit {cpu}/lora_expert.yaml {more} {tail}")
+    run += [_fit("moe_pretrain"), _fit("dense_pretrain")]
+    run += [_fit("lora_expert", *more) for more in ([], ["lora_expert_people"], ["lora_expert_arithmetic"])]
     experts = " ".join(f"runs/lora_{name}_cpu" for name in ("towns", "people", "arithmetic"))
     run.append(f"merge lora runs/dense_pretrain_cpu models/demo_experts --experts {experts}")
-    run.append(f"fit {cpu}/sft.yaml {tail}")
+    run.append(_fit("sft"))
     for line in run:
         if main(shlex.split(line)):
             raise SystemExit(f"llmrecipes {line}: failed")
