@@ -69,7 +69,7 @@ def named_files(document: str, text: str) -> set[str]:
     """Links to files, and code spans that are paths of the repository; relative to its root."""
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     found = {str(Path(document).parent / link) for link in links}
-    folders = "recipes|llmrecipes|data_prep|tests|docs|benchmarks"
+    folders = "recipes|slurm|llmrecipes|data_prep|tests|docs|benchmarks"
     return found | set(re.findall(rf"`((?:{folders})/[\w./-]*|\.ci/run|constraints\.txt)`", text))
 
 
@@ -82,7 +82,7 @@ def test_both_readmes_say_the_same():
     assert ours == theirs and len(ours) == 2
     assert [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, japanese)] == [11, 11]
     rows = [re.findall(r"^\| `([^|]*?)` ", text, re.MULTILINE) for text in (english, japanese)]
-    assert len(rows[0]) == len(rows[1]) == 22
+    assert len(rows[0]) == len(rows[1]) == 23
 
 
 def test_every_make_target_exists():
@@ -117,7 +117,7 @@ def test_the_command_tables_are_complete():
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
         texts = [text for line in table for text in re.findall(r"`llmrecipes ([^`]+)`", line)]
         assert {named(text, exist) for text in texts} == exist, document
-    assert len(exist) == 42
+    assert len(exist) == 43
 
 
 def mistakes(words: list[str]) -> list[str]:
@@ -136,7 +136,7 @@ def mistakes(words: list[str]) -> list[str]:
     if words[0] == "merge":
         options = inspect.signature(MERGES[words[1]].load()).parameters if words[1] in MERGES else {}
         return [word for word in words[1:] if word.startswith("--") and word[2:] not in options]
-    if words[0] in ("generate", "perplexity", "plan", "budget", "doctor", "evaluate", "report", "diff"):
+    if words[0] in ("generate", "perplexity", "plan", "budget", "doctor", "evaluate", "report", "diff", "submit"):
         shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
         return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]
     if words[0] not in (*TRAINER_COMMANDS, "check"):

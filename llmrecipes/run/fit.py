@@ -21,7 +21,7 @@ from llmrecipes.process import StopSignals, rank_name
 from llmrecipes.recipe.fingerprint import ROUNDING
 from llmrecipes.run.allocator import keep_freed_memory
 from llmrecipes.run.environment import common_facts, record_launch
-from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done
+from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done, mark_stopped
 from llmrecipes.run.launch import Decision, Launch, NothingToDo
 from llmrecipes.run.log import start_log
 from llmrecipes.run.lr_changes import FLOOR_REACHED, RatePlan, plan_rate
@@ -90,7 +90,10 @@ def _fit(cli: RecipeCLI, folder: Path, owned: ExitStack) -> int:
         if launch.decision.validate:
             _validate_last(cli, folder)
         return 0
-    if cli.callback(GracefulStop).stopped:
+    why = cli.callback(GracefulStop).stopped
+    if why is not None:
+        if cli.trainer.is_global_zero:
+            mark_stopped(folder, cli.trainer.global_step, why)
         return EXIT_RESUMABLE
     if cli.trainer.is_global_zero:
         mark_done(folder, cli.trainer.global_step)
@@ -106,6 +109,7 @@ def _decide(cli: RecipeCLI, folder: Path, owned: ExitStack) -> Decision:
     recorded = trajectory(cli)
     resume = decide_resume(folder, cli.settings["resume"], recorded, cli.settings["resume_lr"])
     record_launch(folder, cli.resolved_recipe)
+    (folder / "STOPPED").unlink(missing_ok=True)
     if cli.wandb_id is not None:
         (folder / WANDB_ID).write_text(cli.wandb_id + "\n", encoding="utf-8")
     if resume is None:
