@@ -5,6 +5,9 @@ A fused map has an adapter for each of its parts: that is what PEFT computes on 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -124,6 +127,7 @@ class AdaptedLinear(nn.Linear):
         super().__init__(d_in, sum(parts.values()), bias=bias)
         assert config.lora is not None
         self.parts = parts
+        self.switched_on = True
         self.lora = nn.ModuleDict()
         for name in adapted:
             if config.lora.experts is None:
@@ -136,12 +140,27 @@ class AdaptedLinear(nn.Linear):
         """Map ``x`` [..., in] to [..., out]."""
         routes = routes or Routes()
         out = super().forward(x)
+        if not self.switched_on:
+            return out
         updates = {name: module(x, routes) for name, module in self.lora.items()}
         if len(self.parts) == 1:
             (update,) = updates.values()
             return out + update
         pieces = zip(self.parts, out.split(list(self.parts.values()), dim=-1), strict=True)
         return torch.cat([piece + updates[name] if name in updates else piece for name, piece in pieces], dim=-1)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model beneath its adapters, for as long as it lasts."""
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    for module in adapted:
+        module.switched_on = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.switched_on = True
 
 
 def make_linear(config: ModelConfig, layer: int | None, d_in: int, parts: dict[str, int], bias: bool) -> nn.Linear:
