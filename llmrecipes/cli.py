@@ -30,6 +30,7 @@ COMMANDS = {
     "merge": ("llmrecipes.convert.merge_commands", "main", "experts into one mixture, adapters into weights"),
     "generate": ("llmrecipes.inference.commands", "generate", "text from a model: continue prompts, or chat"),
     "perplexity": ("llmrecipes.inference.commands", "perplexity", "how well one or two models predict texts"),
+    "ensemble": ("llmrecipes.inference.commands", "ensemble", "experts of domains as one model: score, continue"),
     "evaluate": ("llmrecipes.evaluate.commands", "evaluate", "tasks, scores and answers of a model"),
     "report": ("llmrecipes.evaluate.commands", "report", "runs and their answers on one page"),
     "diff": ("llmrecipes.evaluate.commands", "diff", "what differs between two recipes or runs"),

@@ -74,9 +74,14 @@ def report(words: list[str]) -> int:
     parser.add_argument("--output", default="report", metavar="DIR", help="folder for the report (default: report)")
     parser.add_argument("--title", metavar="TEXT", help="its heading (default: names of the runs)")
     args = parser.parse_args(words)
+    from llmrecipes.evaluate.report.gather import read_runs
+    from llmrecipes.evaluate.report.lifecycle import lifecycle
     from llmrecipes.evaluate.report.page import write_report
 
-    page = write_report([Path(name) for name in args.runs], Path(args.output), args.title)
+    folders = [Path(name) for name in args.runs]
+    page = write_report(folders, Path(args.output), args.title)
+    for table in lifecycle(read_runs(folders)):
+        print(f"{table}\n")
     print(f"report {page}")
     return 0
 

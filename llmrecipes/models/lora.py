@@ -6,6 +6,8 @@ A fused map has an adapter for each of its parts: that is what PEFT computes on 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +131,7 @@ class AdaptedLinear(nn.Linear):
         ends = dict(zip(parts, itertools.accumulate(parts.values()), strict=True))
         self.columns = [slice(ends[name] - parts[name], ends[name]) for name in parts if name in adapted]
         self.plain = config.lora.experts is None
+        self.switched_on = True
         self.lora = nn.ModuleDict()
         for name in adapted:
             if config.lora.experts is None:
@@ -139,6 +142,8 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:  # type: ignore[override]
         """Map ``x`` [..., in] to [..., out]."""
+        if not self.switched_on:
+            return super().forward(x)
         if self.plain:
             return self._adapted(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         routes, out = routes or Routes(), super().forward(x)
@@ -160,6 +165,19 @@ class AdaptedLinear(nn.Linear):
             hidden = list(together.split(len(first.a), dim=-1))
         b = [adapter.b.to(hidden[0].dtype) for adapter in adapters]
         return super().forward(x) + updates(self.out_features, self.columns, first.scale, hidden, b)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model beneath its adapters, for as long as it lasts."""
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    for module in adapted:
+        module.switched_on = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.switched_on = True
 
 
 def make_linear(config: ModelConfig, layer: int | None, d_in: int, parts: dict[str, int], bias: bool) -> nn.Linear:

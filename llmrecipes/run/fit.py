@@ -31,7 +31,7 @@ from llmrecipes.run.wandb_run import FILE as WANDB_ID
 log = logging.getLogger("llmrecipes")
 
 # Settings that may differ between launches of one run: they change how it is computed or watched, not what is computed.
-FREE_DATA_KEYS = ("micro_batch", "tokenizer", "valid", "valid_batches", "train", "vocab_size")
+FREE_DATA_KEYS = ("micro_batch", "tokenizer", "valid", "valid_from", "valid_batches", "train", "vocab_size")
 
 
 def run(subcommand: str, args: list[str], signals: StopSignals | None = None) -> int:
