@@ -16,6 +16,7 @@ MORE = {  # further metrics of a kind, beside the one that stands for it
     "jsquad": ["exact_match", "best_char_f1", "best_exact_match"],
     "mgsm_ja": ["exact_match_figure", "last_number"],
     "jmmlu": [],
+    "jnli": [],
     "jcommonsenseqa": [],
     "questions": ["exact_match", "contains", "char_f1"],
     "llm_jp_eval": ["exact_match", "char_f1"],
