@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/llmrecipes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real check test bench-setup bench bench-full clean
+.PHONY: help setup demo real check test test-all bench-setup bench bench-full clean
 
 help:  ## this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,8 +52,11 @@ check: $(VENV)/.done  ## format, lint, types, layers
 # One file's tests stay together, because they share runs that are expensive to make. WORKERS=0: one after the other,
 # for a machine that does other things too: some tests kill and time processes.
 WORKERS ?= 2
-test: $(VENV)/.done  ## all tests
+test: $(VENV)/.done  ## all tests; every second to seventh case of the large matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-all: $(VENV)/.done  ## all tests, large matrices whole: before a release
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --all
 
 # The libraries we compare with, in an environment of their own; see docs/performance.md.
 PEERS ?= .venv-peers

@@ -1,6 +1,6 @@
 """Experts against their dense twin of equal active parameters, on equal tokens of real text, over several seeds.
 
-python benchmarks/experts_against_dense.py [--seeds 1 2 3] [--steps 2000] [--jobs 2]
+python benchmarks/experts_against_dense.py [--seeds 1 2 3] [--steps 3000] [--jobs 2]
 
 Runs `llmrecipes fit` nine times (finished runs are kept, interrupted ones go on) and prints the validation losses.
 Needs the shards named in experts_against_dense.yaml.
@@ -21,7 +21,7 @@ from llmrecipes.callbacks.metrics_file import read_metrics
 OVERLAY = "benchmarks/experts_against_dense.yaml"
 ROOT = Path("runs/experts_against_dense")
 MOE = "--model.init_args.config.moe"
-EXPERTS = ["recipes/cpu/moe_pretrain.yaml", f"{MOE}.num_experts=16"]
+EXPERTS = ["recipes/cpu/moe_pretrain.yaml", f"{MOE}.num_experts=16", f"{MOE}.routed_scaling_factor=0.5"]
 VARIANTS = {
     "dense": ["recipes/cpu/dense_pretrain.yaml"],
     "balance_bias": [*EXPERTS, f"{MOE}.balance=bias", f"{MOE}.bias_rate=0.003"],
@@ -65,7 +65,7 @@ def main() -> None:
     """Train what is not trained yet and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=2000, help="of 2,048 bytes")
+    parser.add_argument("--steps", type=int, default=3000, help="of 2,048 bytes")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="dense is needed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     arguments = parser.parse_args()

@@ -6,18 +6,14 @@ Chunks hold undecoded lines, so that the costly parsing happens in the process t
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from llmrecipes.errors import UserError
-
-BLOCK_BYTES = 1 << 20
+from llmrecipes.lines import read_lines
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def chunks(path: Path, text_field: str = "text", chunk_bytes: int = 8 << 20) -> 
     """
     source, lines, size, first = str(path), list[bytes](), 0, 0 if path.is_dir() else 1
     position = 0
-    for line, position in _rows(path, text_field) if path.is_dir() else _lines(path):
+    for line, position in _rows(path, text_field) if path.is_dir() else read_lines(path):
         lines.append(line)
         size += len(line)
         if size >= chunk_bytes:
@@ -180,70 +176,6 @@ def _neighbours(path: Path) -> str:
     names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
     return f" - did you mean {str(path.parent / close[0])!r}?" if close else ""
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Lines without their newline, and the position in the (compressed) file after each."""
-    with path.open("rb") as file:
-        rest = list[bytes]()
-        for block in _blocks(path, file):
-            head, *more = block.split(b"\n")
-            rest.append(head)
-            if more:
-                position = file.tell()
-                yield b"".join(rest), position
-                for line in more[:-1]:
-                    yield line, position
-                rest = [more[-1]]
-        if any(rest):
-            yield b"".join(rest), file.tell()
-
-
-def read_bytes(path: Path) -> bytes:
-    """The whole of a file, uncompressed by its name's ending.
-
-    Raises:
-        UserError: a truncated or corrupt archive.
-    """
-    with path.open("rb") as file:
-        return b"".join(_blocks(path, file))
-
-
-def _blocks(path: Path, file: IO[bytes]) -> Iterator[bytes]:
-    """Uncompressed blocks of a file, by its name's ending."""
-    try:
-        if path.suffix == ".zst":
-            yield from _zstd_blocks(file)
-        elif path.suffix == ".gz":
-            with gzip.open(file) as stream:
-                while block := stream.read(BLOCK_BYTES):
-                    yield block
-        else:
-            while block := file.read(BLOCK_BYTES):
-                yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: broken archive ({error}); copy or download the file again") from None
-
-
-def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """Blocks of all zstd frames. The library's own stream reader takes a truncated frame for a short file."""
-    import zstandard
-
-    inflater = None
-    while data := file.read(BLOCK_BYTES):
-        while data:
-            inflater = inflater or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                block = inflater.decompress(data)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-            data = b""
-            if inflater.eof:
-                data, inflater = inflater.unused_data, None
-            if block:
-                yield block
-    if inflater is not None:
-        raise EOFError("the last frame is not complete")
 
 
 def _rows(path: Path, text_field: str) -> Iterator[tuple[bytes, int]]:

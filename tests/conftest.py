@@ -25,6 +25,16 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", dest="all_cases", help="large matrices whole (make test-all)")
+
+
+@pytest.fixture(scope="session")
+def stride(request):
+    """``stride(7)``: 7, and 1 under ``--all``: every seventh case of a large matrix, or all."""
+    return lambda most: 1 if request.config.option.all_cases else most
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> dict[str, Path]:
     """Two little sources of 64 ids with a pattern to learn, EOS 2."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from data_prep.jsonl import _blocks as uncompressed_blocks
 from llmrecipes.errors import UserError
+from llmrecipes.lines import uncompressed_blocks
 
 Format = Literal["zst", "gz", "plain"]
 ENDINGS = {"zst": ".jsonl.zst", "gz": ".jsonl.gz", "plain": ".jsonl"}

@@ -11,7 +11,8 @@ from llmrecipes.convert.families import ARCHITECTURES, ATTENTION_BIAS, MLP_BIAS,
 from llmrecipes.convert.hf_reader import Reader
 from llmrecipes.convert.hf_rope import Rope, read_rope, read_scaling
 from llmrecipes.errors import UserError
-from llmrecipes.recipe.model_config import Activation, ModelConfig, MoEConfig
+from llmrecipes.recipe.model_config import Activation, ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 
 _GATED: dict[str, Activation] = {
     "silu": "swiglu",

@@ -16,7 +16,8 @@ from llmrecipes.convert.readers import Folded, Made, OnDisk, Reader, open_reader
 from llmrecipes.convert.tokenizer_files import check_tokenizer
 from llmrecipes.convert.writing import Planned, new_folder, write_tensors
 from llmrecipes.errors import UserError
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 
 
 def fold(src: str, dst: str, max_shard_gb: float = 5.0) -> None:

@@ -6,7 +6,8 @@ import math
 from typing import Any, NamedTuple
 
 from llmrecipes.convert.hf_reader import Reader
-from llmrecipes.recipe.model_config import ModelConfig, RopeScaling, RopeScalingKind
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.rope_config import RopeScaling, RopeScalingKind
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # What each kind needs, and what it may have. Microsoft's files call longrope "su" or "yarn".

@@ -31,6 +31,7 @@ class Part:
         layout: how the rows stand in theirs: the ``same``; ``transposed`` (GPT-2's ``Conv1D``); or ``by_head``
             (BLOOM, GPT-NeoX: query, key and value of the first head, then of the second, ...).
         heads: of ``by_head``.
+        factor: theirs is so many times ours.
     """
 
     theirs: str
@@ -40,9 +41,11 @@ class Part:
     end: int | None = None
     layout: Layout = "same"
     heads: int = 1
+    factor: float = 1.0
 
     def to_theirs(self, rows: Tensor) -> Tensor:
         """Their tensor from the rows of ours."""
+        rows = rows if self.factor == 1 else rows * self.factor
         if self.layout == "transposed":
             return rows.t() if rows.ndim == 2 else rows
         if self.layout == "by_head":
@@ -51,6 +54,7 @@ class Part:
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         """The rows of ours from their tensor."""
+        tensor = tensor if self.factor == 1 else tensor / self.factor
         if self.layout == "transposed":
             return tensor.t() if tensor.ndim == 2 else tensor
         if self.layout == "by_head":
@@ -174,6 +178,8 @@ def _feed_forward(config: ModelConfig, us: str, them: str, whole: bool) -> Itera
 def _experts(config: ModelConfig, us: str, them: str, family: str, fused: bool) -> Iterator[Part]:
     assert config.moe is not None
     ffn, shared = config.moe.ffn_dim, config.moe.shared_ffn_dim
+    # No family has a place for it: it goes into what it multiplies.
+    scaling = config.moe.routed_scaling_factor
     block = f"{them}.{'block_sparse_moe' if family == 'mixtral' and not fused else 'mlp'}"
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     yield Part(f"{block}.gate.weight", f"{us}.mlp.gate.weight")
@@ -184,13 +190,13 @@ def _experts(config: ModelConfig, us: str, them: str, family: str, fused: bool) 
         yield Part(f"{block}.shared_expert.down_proj.weight", f"{us}.mlp.shared.down.weight")
     if fused:
         yield Part(f"{block}.experts.gate_up_proj", f"{us}.mlp.experts.gate_up_proj")
-        yield Part(f"{block}.experts.down_proj", f"{us}.mlp.experts.down_proj")
+        yield Part(f"{block}.experts.down_proj", f"{us}.mlp.experts.down_proj", factor=scaling)
         return
     for e in range(config.layer_experts[0]):
         expert = f"{block}.experts.{e}"
         yield Part(f"{expert}.{gate}.weight", f"{us}.mlp.experts.gate_up_proj", e, 0, ffn)
         yield Part(f"{expert}.{up}.weight", f"{us}.mlp.experts.gate_up_proj", e, ffn, 2 * ffn)
-        yield Part(f"{expert}.{down}.weight", f"{us}.mlp.experts.down_proj", e)
+        yield Part(f"{expert}.{down}.weight", f"{us}.mlp.experts.down_proj", e, factor=scaling)
 
 
 def _gpt2(config: ModelConfig) -> Iterator[Part]:

@@ -24,7 +24,8 @@ from llmrecipes.convert.tokenizer_files import check_tokenizer
 from llmrecipes.convert.verify import random_tokens, tolerance, widened
 from llmrecipes.convert.writing import Planned, new_folder, write_tensors
 from llmrecipes.errors import UserError
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 
 ROUTER_STD = 0.02
 

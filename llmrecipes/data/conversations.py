@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llmrecipes.errors import UserError
+from llmrecipes.lines import read_lines
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -27,35 +27,14 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | str]]
     A line that is no JSON object comes as the reason, a string; empty lines are left out.
 
     Raises:
-        UserError: the file is missing or no such file.
+        UserError: the file is missing, or a broken archive.
     """
-    number = 0
     try:
-        for number, raw in enumerate(_lines(Path(path)), 1):
+        for number, (raw, _) in enumerate(read_lines(Path(path)), 1):
             if raw.strip():
                 yield number, _object(raw)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except EOFError:
-        raise UserError(f"{path}:{number + 1}: the file ends in the middle; it was cut off") from None
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rb") as file:
-            yield from file
-    elif path.suffix == ".zst":
-        import zstandard
-
-        with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
-            rest = b""
-            while block := stream.read(2**20):
-                *lines, rest = (rest + block).split(b"\n")
-                yield from lines
-            yield rest
-    else:
-        with path.open("rb") as file:
-            yield from file
 
 
 def _object(raw: bytes) -> dict[str, Any] | str:

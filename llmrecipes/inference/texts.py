@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from data_prep.jsonl import check_inputs, documents, read_bytes
+from data_prep.jsonl import check_inputs, documents
 from llmrecipes.errors import UserError
+from llmrecipes.lines import read_bytes
 
 TEXT_ENDINGS = (".txt", ".md", "")
 

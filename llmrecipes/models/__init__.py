@@ -7,7 +7,9 @@ from llmrecipes.models.init import init_weights
 from llmrecipes.models.moe import Routing
 from llmrecipes.models.sampling import Sampling
 from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
+from llmrecipes.recipe.rope_config import RopeScaling
 
 __all__ = [
     "Block",

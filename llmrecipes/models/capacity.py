@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from llmrecipes.recipe.model_config import DropPolicy
+from llmrecipes.recipe.moe_config import DropPolicy
 
 
 def expert_capacity(num_tokens: Tensor, num_experts: int, top_k: int, factor: float, minimum: int) -> Tensor:

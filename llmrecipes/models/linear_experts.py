@@ -17,7 +17,8 @@ from llmrecipes.models.low_rank import (
     sort_pairs,
 )
 from llmrecipes.models.router import Router
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 
 
 class ExpertLinear(nn.Module):

@@ -24,7 +24,8 @@ from llmrecipes.models.low_rank import (
 )
 from llmrecipes.models.router import Router, Routing
 from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 
 # Which part of a fused map is which of theirs.
 THEIRS = {

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from llmrecipes.models.dispatch import run_experts
 from llmrecipes.models.mlp import MLP
 from llmrecipes.models.router import Router, Routing
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 
 __all__ = ["Experts", "MoE", "Router", "Routing"]
 

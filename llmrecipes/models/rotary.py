@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrecipes.recipe.model_config import RopeScaling
+from llmrecipes.recipe.rope_config import RopeScaling
 
 
 def inverse_frequencies(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipes.models.capacity import dropped_pairs, expert_capacity
-from llmrecipes.recipe.model_config import MoEConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 
 
 class Routing(NamedTuple):
@@ -48,6 +48,7 @@ class Router(nn.Module):
         super().__init__()
         assert moe.num_experts is not None
         self.top_k, self.score, self.renormalize = moe.top_k, moe.score, moe.renormalize
+        self.scaling = moe.routed_scaling_factor
         self.capacity_factor, self.eval_capacity_factor = moe.capacity_factor, moe.eval_capacity_factor
         self.min_capacity = 4 if moe.min_capacity is None else moe.min_capacity
         self.drop_policy = moe.drop_policy or "random"
@@ -97,6 +98,8 @@ class Router(nn.Module):
                 weights, experts, routing = self._drop(weights, experts, routing, token_mask, factor)
             if self.renormalize:
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+            if self.scaling != 1:
+                weights = weights * self.scaling
             return weights, experts, routing
 
     @torch.compiler.disable  # compiled code would draw other numbers

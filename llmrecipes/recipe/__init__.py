@@ -3,9 +3,11 @@
 from llmrecipes.recipe.check import check, checked_recipe
 from llmrecipes.recipe.duration import Duration
 from llmrecipes.recipe.fingerprint import diff, fingerprint, with_later_defaults
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 from llmrecipes.recipe.problem import Problem
 from llmrecipes.recipe.recipe import Recipe, read_recipe
+from llmrecipes.recipe.rope_config import RopeScaling
 from llmrecipes.recipe.time_span import TimeSpan
 
 __all__ = [

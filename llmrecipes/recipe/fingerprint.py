@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any
 
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
+from llmrecipes.recipe.rope_config import RopeScaling
 
 # Of the Trainer, only these change what is computed; devices and strategies change who computes it.
 _TRAINER_KEYS = ("max_steps", "precision")

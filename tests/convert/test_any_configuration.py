@@ -70,7 +70,8 @@ def drawn(index):
         "window_rope_theta": [500.0], "norm_position": ["pre", "post", "both"], "norm_plus_one": [True, False],
         "embedding_scale": [2.0], "residual_scale": [0.5], "attention_scale": [0.3], "logit_divisor": [2.0],
         "embedding_norm": [True], "ffn_dim": [40], "norm_eps": [1e-3],
-        "moe": [MoEConfig(num_experts=3, ffn_dim=24, top_k=2, renormalize=r) for r in (True, False)],
+        "moe": [MoEConfig(num_experts=3, ffn_dim=24, top_k=2, renormalize=r, routed_scaling_factor=s)
+                for r, s in ((True, 1.0), (False, 1.0), (True, 0.5))],
         "moe_every": [2], "dense_layers": [[0]],
     }  # fmt: skip
     for name in draw.sample(sorted(free), draw.choice([0, 1, 1, 2, 3])):
@@ -98,6 +99,7 @@ def written_out(config):
         window_rope_theta=(config.window_rope_theta or config.rope_theta) if windows and rotary else None,
         qk_norm_scope=config.qk_norm_scope if config.qk_norm else "head",
         attention_scale=config.attention_scale or config.head_width**-0.5,
+        moe=config.moe and replace(config.moe, routed_scaling_factor=1.0),  # in the weights by then
         moe_every=1,
         dense_layers=[i for i in layers if not config.is_moe_layer(i)] if config.moe else None,
     )

@@ -524,6 +524,28 @@ def test_experts_that_nobody_else_computes_are_refused(change, problem):
         assert config_to_hf(replace(config, moe=replace(moe, **alike)), 16) == config_to_hf(config, 16)
 
 
+@pytest.mark.parametrize("per_expert", [True, False])
+def test_scaling_of_the_experts_goes_into_their_weights(per_expert):
+    """No architecture has a place for it. 0.5 is exact there and back."""
+    moe = MoEConfig(num_experts=8, ffn_dim=16, routed_scaling_factor=0.5)
+    config = ModelConfig(vocab_size=9, dim=8, num_layers=2, num_heads=2, ffn_dim=12, moe=moe, init_std=0.3)
+    decoder = Decoder(config).eval()
+    init_weights(decoder, 0)
+    state = {name: tensor for name, tensor in decoder.state_dict().items() if not name.endswith("gate.bias")}
+    theirs = to_hf_state_dict(config, state, per_expert=per_expert)
+    back = from_hf_state_dict(config, theirs)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    read = config_from_hf(config_to_hf(config, 16))
+    assert read.moe.routed_scaling_factor == 1.0
+    twin, tokens = Decoder(read).eval(), tokens_for(config, 12)
+    twin.load_state_dict(from_hf_state_dict(read, theirs))
+    with torch.no_grad():
+        logits, wanted = (model.logits(model(tokens).hidden) for model in (twin, decoder))
+        twin.load_state_dict(decoder.state_dict())
+        mutant = twin.logits(twin(tokens).hidden)
+    assert (logits - wanted).abs().max() < 1e-5 < (mutant - wanted).abs().max()
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_names_of_the_first_releases(family):
     """Without the prefix, with the causal mask saved beside the weights: as GPT-2 and BLOOM lie on the hub."""

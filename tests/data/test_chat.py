@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import zstandard
 from chat_tokenizers import CHATML, LLAMA2, byte_level, pieces
 
 from llmrecipes.data import ChatExamples, PreferencePairs, Tokenizer
@@ -316,10 +317,11 @@ def test_compressed_files_and_messages_for_people(tmp_path, file):
     text = "\n".join(made.describe(10))
     assert "1 of 61 dropped: no assistant turn" in text
     assert "share 75.0%" in text and "% full" in text and "epochs in 10 steps" in text
-    broken = tmp_path / "cut.jsonl.gz"
-    broken.write_bytes(packed.read_bytes()[:-20])
-    with pytest.raises(UserError, match="cut off"):
-        data(tmp_path, folder, {str(broken): 1.0})
+    for ending, compress in ((".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress)):
+        broken = tmp_path / f"cut.jsonl{ending}"
+        broken.write_bytes(compress(file.read_bytes())[:-20])
+        with pytest.raises(UserError, match="broken archive"):
+            data(tmp_path, folder, {str(broken): 1.0})
     with pytest.raises(UserError, match="No such file"):
         data(tmp_path, folder, {str(tmp_path / "absent.jsonl"): 1.0})
     with pytest.raises(UserError, match="no chat template beside the tokenizer"):

@@ -1,6 +1,6 @@
 """What the fault suite did, counted: one JSON line per case, and the table of docs/reliability.md made of them.
 
-LLMRECIPES_FAULTS_REPORT=faults.jsonl python -m pytest tests/faults
+LLMRECIPES_FAULTS_REPORT=faults.jsonl python -m pytest --all tests/faults
 python tests/faults/report.py faults.jsonl
 """
 

@@ -80,11 +80,11 @@ def slow_after(step: int):
     return inject
 
 
-def test_a_damaged_checkpoint(tmp_path, stopped, whole):
+def test_a_damaged_checkpoint(tmp_path, stopped, whole, stride):
     case = Case(3, "a checkpoint's file cut short, with a wrong bit, or gone", 1)
     newest = Path("run", "checkpoints", "step=000009")
     for kind in KINDS:
-        for what, damage in damages(stopped / newest / kind):
+        for what, damage in [*damages(stopped / newest / kind)][:: -stride(4)]:
             folder = tmp_path / str(case.injected)
             shutil.copytree(stopped, folder, symlinks=True)
             damage(folder / newest / kind)
@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint(tmp_path, stopped, whole):
             assert said == f"warning: run/checkpoints/step=000009 is broken and passed over: {reason}", text
             assert "resuming from run/checkpoints/step=000006" in text
             assert_same(folder / "run", whole())
-    assert case.injected == 6 * 11
+    assert case.injected == 6 * (11 if stride(4) == 1 else 3)
     assert case.lost == 4 * case.injected  # steps 7 to 10
     case.write()
 

@@ -18,7 +18,8 @@ SIGNALS, STEPS = 20, 200
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigusr1_at_random_instants(tmp_path, little, ranks):
+def test_sigusr1_at_random_instants(tmp_path, little, ranks, stride):
+    signals = SIGNALS // stride(2)
     case = Case(6, "SIGUSR1 at a random instant on a random rank", ranks)
     recipe = little(ranks, steps=STEPS)
     recipe["checkpoint"]["every"] = "20 steps"
@@ -27,7 +28,7 @@ def test_sigusr1_at_random_instants(tmp_path, little, ranks):
         (tmp_path / name).mkdir()
         write_recipe(tmp_path / name, recipe)
     run, chance, stops = tmp_path / "broken" / "run", random.Random(ranks), []
-    for number in range(SIGNALS):
+    for number in range(signals):
         with launched(tmp_path / "broken", ranks=ranks) as job:
             before = last_step(run)
             if number % 4:
@@ -40,7 +41,7 @@ def test_sigusr1_at_random_instants(tmp_path, little, ranks):
         stops.append(int(said))
         case.add(lost=last_step(run) - int(said))
     assert stops[-1] < STEPS
-    assert len(set(stops)) > SIGNALS / 2
+    assert len(set(stops)) > signals / 2
     for name in ("broken", "whole"):
         fit(tmp_path / name, ranks=ranks)
     assert_same(run, tmp_path / "whole" / "run", ranks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -158,6 +160,23 @@ def test_routing_by_hand():
     torch.testing.assert_close(routing.z_sum, torch.tensor([2.0, 1.0, -3.0]).logsumexp(0) ** 2)
     torch.testing.assert_close(routing.entropy_sum, -(p * p.log()).sum())
     assert routing.counts.tolist() == [1, 1, 0] and int(routing.num_tokens) == 1
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_routed_scaling_factor_multiplies_what_the_experts_add(renormalize):
+    config = ModelConfig(
+        vocab_size=8, dim=8, num_layers=1, num_heads=1, ffn_dim=12,
+        moe=MoEConfig(num_experts=4, ffn_dim=8, renormalize=renormalize, shared_ffn_dim=4),
+    )  # fmt: skip
+    plain, scaled = MoE(config), MoE(replace(config, moe=replace(config.moe, routed_scaling_factor=0.5)))
+    for parameter in plain.parameters():
+        parameter.data.mul_(10)  # so that it is seen
+    scaled.load_state_dict(plain.state_dict())
+    plain, scaled, x = plain.double(), scaled.double(), torch.randn(2, 6, 8, dtype=torch.float64)
+    beside = plain.shared_gate(x).sigmoid() * plain.shared(x)
+    expected = beside + 0.5 * (plain(x)[0] - beside)
+    torch.testing.assert_close(scaled(x)[0], expected, rtol=1e-14, atol=1e-14)
+    assert (plain(x)[0] - expected).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -100,11 +100,14 @@ def single(tmp_path_factory, fp64_recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", WAYS)
-def test_saved_on_some_resumed_on_others(tmp_path, fp64_recipe, single, before):
+def test_saved_on_some_resumed_on_others(tmp_path, fp64_recipe, single, before, stride):
     path = write_recipe(tmp_path, fp64_recipe)
     nodes, per_node, mode, options = WAYS[before]
-    resumed = 0
-    for name, (nodes_after, per_node_after, mode_after, options_after) in WAYS.items():
+    names, resumed = list(WAYS), 0
+    # Two of five: every way is saved on twice and resumed on twice.
+    after = names if stride(2) == 1 else [names[(names.index(before) + further) % len(names)] for further in (1, 3)]
+    for name in after:
+        nodes_after, per_node_after, mode_after, options_after = WAYS[name]
         root = tmp_path / name.replace(" ", "-")
         for code, said in fit(path, root, nodes, per_node, 7, mode, **options):
             assert code == 0, said
@@ -115,7 +118,7 @@ def test_saved_on_some_resumed_on_others(tmp_path, fp64_recipe, single, before):
         assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
         assert worst(records, single) < 1e-10, name
         resumed += 1
-    assert resumed == len(WAYS) == 5
+    assert resumed == (5 if stride(2) == 1 else 2) and len(WAYS) == 5
 
 
 def test_pr_moe_saved_on_four_resumed_on_one(tmp_path, fp64_recipe):

@@ -7,8 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
-from llmrecipes.recipe.model_config import ModelConfig, MoEConfig, RopeScaling
+from llmrecipes.recipe.model_config import ModelConfig
+from llmrecipes.recipe.moe_config import MoEConfig
 from llmrecipes.recipe.problem import closest
+from llmrecipes.recipe.rope_config import RopeScaling
 from llmrecipes.recipe.rules.facts import CONFIG, DATA, MODEL, Facts, Finding
 
 _SIZES = (
