@@ -41,9 +41,13 @@ def evaluate(words: list[str]) -> int:
     config = read_config(EvaluateConfig, words)
     output = _output(config, words)
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch loads its threads; see docs/decisions.md
-    from llmrecipes.evaluate.run import evaluate as measure
-
     try:
+        if config.checkpoints == "each":
+            from llmrecipes.evaluate.each_checkpoint import evaluate_each
+
+            return evaluate_each(config, output)
+        from llmrecipes.evaluate.run import evaluate as measure
+
         summary = measure(config, output)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from what is in {output}", file=sys.stderr)

@@ -172,7 +172,9 @@ class EvaluateConfig:
         batch_size: questions answered side by side.
         strict: a category that no task measures counts 0 in the average, as in llm-jp-eval.
         overwrite: measure again what was measured of another model or by another recipe.
-    """
+        checkpoints: of a run folder: "newest", or "each" whole checkpoint that was not measured yet, each once, into OUTPUT@STEP.
+        wait: with "each": seconds between two looks for new checkpoints, until the run is done; 0 = measure what is there.
+    """  # noqa: E501 - one line an argument is what the help shows
 
     model: str
     tasks: list[TaskConfig]
@@ -184,9 +186,13 @@ class EvaluateConfig:
     batch_size: int = 8
     strict: bool = False
     overwrite: bool = False
+    checkpoints: Literal["newest", "each"] = "newest"
+    wait: float = 0.0
 
     def problems(self) -> Iterator[Finding]:
         """What is wrong, of each task too."""
+        if self.wait < 0 or (self.wait and self.checkpoints == "newest"):
+            yield ("wait",), "wait: has an effect with checkpoints: each, and is 0 or more", "correct it"
         if self.batch_size < 1:
             yield ("batch_size",), f"batch_size: {self.batch_size} answers nothing", "write 1 or more"
         if not self.tasks:
@@ -203,6 +209,10 @@ class EvaluateConfig:
         """Files and folders that are not there."""
         if not Path(self.model).exists():
             yield ("model",), f"model: {self.model}: no such folder", "train it first, or correct the path"
+        yield from self.missing_of_tasks()
+
+    def missing_of_tasks(self) -> Iterator[Finding]:
+        """The same, without the model."""
         for number, task in enumerate(self.tasks):
             for path, what, hint in task.missing():
                 yield ("tasks", number, *path), what, hint

@@ -50,20 +50,44 @@ def evaluate(config: EvaluateConfig, output: Path) -> dict[str, Any]:
     Raises:
         UserError: files or models that cannot be read, or answers of something else in the folder.
     """
-    asked = {task.title: read_task(task) for task in config.tasks if task.kind in ASKED}  # mistakes first
+    check_tasks(config)  # mistakes first
+    place = Path(config.model)
+    place = place if _is_folder_of_weights(place) else find_checkpoint(place)
+    return measure(config, output, lambda: _open(config), str(place), model_fingerprint(place))
+
+
+def check_tasks(config: EvaluateConfig) -> dict[str, Asked]:
+    """The questions of the tasks that have some, by task.
+
+    Raises:
+        UserError: files that cannot be read.
+    """
     for task in config.tasks:
         if task.kind == "lm_eval":
             check_harness(task)
         elif task.mt_bench is not None:
             read_conversations(task.file, task.mt_bench.references, task.limit)
-    place = Path(config.model)
-    place = place if _is_folder_of_weights(place) else find_checkpoint(place)
-    identity = model_fingerprint(place)
+    return {task.title: read_task(task) for task in config.tasks if task.kind in ASKED}
+
+
+def measure(
+    config: EvaluateConfig, output: Path, open_it: Callable[[], Opened], place: str, identity: str
+) -> dict[str, Any]:
+    """Measure every task of a model, going on where a stopped evaluation left off.
+
+    Args:
+        config: the recipe.
+        output: see :func:`evaluate`.
+        open_it: opens the model; called when there is something to ask.
+        place: where its weights are.
+        identity: tells its answers from those of others.
+    """
+    asked = check_tasks(config)
     how = {"template": config.template, "tokenizer": config.tokenizer, "dtype": config.dtype}
     stores = {
         task.title: Store(output / task.title, made_of(task, identity, how), config.overwrite) for task in config.tasks
     }
-    opened = cache(lambda: _open(config))
+    opened = cache(open_it)
     results = []
     for task in config.tasks:
         store = stores[task.title]
@@ -271,7 +295,7 @@ def _exp(figure: Figure) -> Figure:
 # ---- the summary
 
 
-def _summary(config: EvaluateConfig, place: Path, identity: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(config: EvaluateConfig, place: str, identity: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [
         (result["category"], result["figures"][result["metric"]]["value"])
         for result in results
@@ -280,7 +304,7 @@ def _summary(config: EvaluateConfig, place: Path, identity: str, results: list[d
     mean = average(scores, config.strict)
     return {
         "model": config.model,
-        "weights": str(place),
+        "weights": place,
         "model_fingerprint": identity,
         "tasks": results,
         "average": {

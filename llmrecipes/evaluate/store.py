@@ -121,6 +121,17 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def at_step(output: Path, name: str) -> Path:
+    """The folder of an evaluation along a training: ``demo@000200`` for checkpoint ``step=000200``."""
+    return output.with_name(f"{output.name}@{name.removeprefix('step=')}")
+
+
+def step_of(name: str) -> tuple[str, int] | None:
+    """The recipe and the step in the name of such a folder."""
+    stem, at, step = name.rpartition("@")
+    return (stem, int(step)) if at and step.isdecimal() else None
+
+
 def evaluations(folder: Path) -> Iterator[Path]:
     """Folders of finished evaluations in ``folder`` or in its ``evaluation``."""
     for place in (folder, *sorted((folder / "evaluation").glob("*"))):

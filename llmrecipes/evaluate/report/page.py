@@ -14,6 +14,7 @@ from typing import Any
 
 from llmrecipes import __version__
 from llmrecipes.errors import UserError
+from llmrecipes.evaluate.report.along import draw_along
 from llmrecipes.evaluate.report.gather import Run, lineage, read_runs, recipe_difference
 from llmrecipes.evaluate.report.plots import draw_all
 from llmrecipes.evaluate.report.radar import draw_radar
@@ -49,7 +50,7 @@ def write_report(
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: a file; name a folder with --output")
     output.mkdir(parents=True, exist_ok=True)
-    pictures = draw_all(runs, output) + draw_routers(runs, output)
+    pictures = draw_all(runs, output) + draw_along(runs, output) + draw_routers(runs, output)
     pictures += draw_radar(runs, output) + draw_scatter(runs, output, references, axes)
     page = output / PAGE
     temporary = page.with_name(f".{PAGE}")
