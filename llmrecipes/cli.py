@@ -32,6 +32,7 @@ COMMANDS = {
     "perplexity": ("llmrecipes.inference.commands", "perplexity", "how well one or two models predict texts"),
     "evaluate": ("llmrecipes.evaluate.commands", "evaluate", "tasks, scores and answers of a model"),
     "report": ("llmrecipes.evaluate.commands", "report", "runs and their answers on one page"),
+    "sweep": ("llmrecipes.evaluate.sweep.run", "sweep", "accuracy against the number of fine-tuning examples"),
     "watch": ("llmrecipes.watch.commands", "watch", "a run while it trains, with alarms"),
     "diff": ("llmrecipes.evaluate.commands", "diff", "what differs between two recipes or runs"),
     "data": ("llmrecipes.cli", "data", "corpora, tokenizers and token shards, stage by stage"),

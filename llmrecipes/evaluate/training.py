@@ -39,18 +39,19 @@ class EvaluateWhileTraining(L.Callback):
     """
 
     def __init__(self, recipe: str, every: int) -> None:
-        if every < 1:
-            raise UserError(f"EvaluateWhileTraining: every: {every}: must be 1 or more")
+        self.recipe = recipe
         self.every = every
         self.name = Path(recipe).stem
-        self.config = read_config(EvaluateConfig, ["--config", recipe], files=False)
-        missing = [f"{recipe}: {what} - {hint}" for _, what, hint in self.config.missing_of_tasks()]
-        if missing:
-            raise UserError(*missing)
         self._due: int | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Mistakes before the first step."""
+        if self.every < 1:
+            raise UserError(f"EvaluateWhileTraining: every: {self.every}: must be 1 or more")
+        self.config = read_config(EvaluateConfig, ["--config", self.recipe], files=False)
+        missing = [f"{self.recipe}: {what} - {hint}" for _, what, hint in self.config.missing_of_tasks()]
+        if missing:
+            raise UserError(*missing)
         _ = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         judged = [task.title for task in self.config.tasks if task.kind == "mt_bench"]
         if judged and trainer.world_size > 1:
