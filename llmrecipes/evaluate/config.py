@@ -9,7 +9,7 @@ from typing import Literal
 
 from data_prep.frame.config import Finding
 from llmrecipes.evaluate.average import CATEGORIES
-from llmrecipes.evaluate.metrics import METRICS
+from llmrecipes.evaluate.metrics import METRICS, OVER_ALL
 from llmrecipes.evaluate.mt_bench.config import MTBenchConfig
 
 # Kind of task: category, metric of the average, most new tokens (llm-jp-eval's output_length where it has the task).
@@ -56,7 +56,7 @@ class TaskConfig:
         max_new_tokens: longest answer; null = llm-jp-eval's output_length of the task, 32 for questions.
         instruction: other words than the kind's.
         cut: where an answer ends: "blank_line" (llm-jp-eval), "line", "none"; null = blank_line, for cloze line.
-        metric: of llm_jp_eval files: exact_match, exact_match_figure, last_number, char_f1, set_f1, pearson, contains or begins_with; null = the kind's.
+        metric: of llm_jp_eval files: exact_match, exact_match_figure, last_number, char_f1, set_f1, pearson, spearman, contains or begins_with; null = the kind's.
         category: of llm_jp_eval files: NLI, QA, RC, MC, HE, EL, FA, MR or MT; null = in no average.
         form: a regular expression that a whole answer obeys; null = the kind's.
         field: of perplexity: name of the text in a JSON line.
@@ -123,8 +123,8 @@ class TaskConfig:
         if self.few_shots and (self.way != "instruction" or self.kind in ("questions", "perplexity")):
             yield ("few_shots",), "few_shots: examples stand in llm-jp-eval's prompt only", "use ask: instruction"
         yield from self._problems_of_kind()
-        if self.kind != "lm_eval" and self.metric is not None and self.metric not in (*METRICS, "pearson"):
-            yield ("metric",), f"metric: there is no {self.metric!r}", f"one of {', '.join([*METRICS, 'pearson'])}"
+        if self.kind != "lm_eval" and self.metric is not None and self.metric not in (*METRICS, *OVER_ALL):
+            yield ("metric",), f"metric: there is no {self.metric!r}", f"one of {', '.join([*METRICS, *OVER_ALL])}"
         if self.category is not None and self.category not in CATEGORIES:
             yield ("category",), f"category: there is no {self.category!r}", f"one of {', '.join(CATEGORIES)}"
 
