@@ -1,7 +1,7 @@
 """Scores of an answer against its reference, equal to those of llm-jp-eval 1.3.0. Torch-free.
 
-Each takes ``(answer, reference)`` and gives a number between 0 and 1; ``pearson`` and ``spearman`` take all of a task at
-once.
+Each takes ``(answer, reference)`` and gives a number between 0 and 1; ``pearson`` and ``spearman`` take all of a
+task at once.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from llmrecipes.evaluate.sweep.run import find_figure, run_sweep
 from llmrecipes.evaluate.sweep.subsets import in_order, read_examples, write_subset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 
 
 def test_sets_are_nested_and_a_matter_of_the_seed(tmp_path):
@@ -39,9 +40,11 @@ def test_sets_are_nested_and_a_matter_of_the_seed(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
+    from branches import write
     from chat_tokenizers import byte_level
 
     from llmrecipes.data import Tokenizer
+    from llmrecipes.models import Decoder, ModelConfig, init_weights
 
     folder = tmp_path_factory.mktemp("sweep")
     byte_level(folder / "t", None)
@@ -60,10 +63,14 @@ def prepared(tmp_path_factory):
         "class_path": "llmrecipes.data.ChatExamples",
         "init_args": {
             "train": {str(folder / "talks.jsonl"): 1.0}, "tokenizer": str(folder / "t"), "template": "instruction_ja",
-            "seq_len": 192, "micro_batch": 2, "global_batch": 2, "cache": str(folder / "cache"), "valid_batches": 1,
+            "seq_len": 192, "micro_batch": 2, "global_batch": 2, "cache": str(folder / "cache"), "valid_batches": 1, "split": "80,20",
         },
     }  # fmt: skip
+    decoder = Decoder(ModelConfig(**sizes))
+    init_weights(decoder, 3)
+    write(folder / "base", decoder)
     init = {
+        "init_from": str(folder / "base"),
         "config": sizes,
         "optimizer": {"class_path": "llmrecipes.optim.AdamW", "init_args": {"lr": 0.001}},
         "schedule": {"class_path": "llmrecipes.optim.Constant"},
