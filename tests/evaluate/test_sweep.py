@@ -63,7 +63,8 @@ def prepared(tmp_path_factory):
         "class_path": "llmrecipes.data.ChatExamples",
         "init_args": {
             "train": {str(folder / "talks.jsonl"): 1.0}, "tokenizer": str(folder / "t"), "template": "instruction_ja",
-            "seq_len": 192, "micro_batch": 2, "global_batch": 2, "cache": str(folder / "cache"), "valid_batches": 1, "split": "80,20",
+            "seq_len": 192, "micro_batch": 2, "global_batch": 2, "cache": str(folder / "cache"), "valid_batches": 1,
+            "split": "80,20",
         },
     }  # fmt: skip
     decoder = Decoder(ModelConfig(**sizes))
