@@ -117,7 +117,7 @@ def test_the_command_tables_are_complete():
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
         texts = [text for line in table for text in re.findall(r"`llmrecipes ([^`]+)`", line)]
         assert {named(text, exist) for text in texts} == exist, document
-    assert len(exist) == 42
+    assert len(exist) == 44
 
 
 def mistakes(words: list[str]) -> list[str]:
@@ -136,7 +136,7 @@ def mistakes(words: list[str]) -> list[str]:
     if words[0] == "merge":
         options = inspect.signature(MERGES[words[1]].load()).parameters if words[1] in MERGES else {}
         return [word for word in words[1:] if word.startswith("--") and word[2:] not in options]
-    if words[0] in ("generate", "perplexity", "plan", "budget", "doctor", "evaluate", "report", "diff"):
+    if words[0] in ("generate", "perplexity", "plan", "budget", "doctor", "evaluate", "report", "diff", "watch"):
         shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
         return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]
     if words[0] not in (*TRAINER_COMMANDS, "check"):
