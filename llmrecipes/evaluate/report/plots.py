@@ -47,7 +47,7 @@ def draw_all(runs: list[Run], folder: Path) -> list[tuple[str, str, Path]]:
                 f"Expert load of {run.name}",
                 text,
                 partial(_experts, steps=steps),
-                (9, 0.9 + 1.5 * layers),
+                (9, 0.9 + layers * max(0.35, min(1.5, 8 / layers))),
             )
     mixed = [run for run in runs if data_mix(run)]
     if mixed:
@@ -139,7 +139,10 @@ def _experts(figure: Any, steps: list[dict[str, Any]]) -> None:
             origin="lower",
             extent=(first, max(last, first + 1), -0.5, experts - 0.5),
         )
-        axis.set_ylabel(f"layer {layer}\nexpert", fontsize=8)
+        crowded = layers > 8
+        axis.set_ylabel(f"{layer}" if crowded else f"layer {layer}\nexpert", fontsize=7 if crowded else 8)
+        if crowded:
+            axis.set_yticks([])
     axes[-1].set_xlabel("step")
     figure.colorbar(image, ax=list(axes), extend="max")
 
