@@ -33,6 +33,8 @@ COMMANDS = {
     "ensemble": ("llmrecipes.inference.commands", "ensemble", "experts of domains as one model: score, continue"),
     "evaluate": ("llmrecipes.evaluate.commands", "evaluate", "tasks, scores and answers of a model"),
     "report": ("llmrecipes.evaluate.commands", "report", "runs and their answers on one page"),
+    "sweep": ("llmrecipes.evaluate.sweep.run", "sweep", "accuracy against the number of fine-tuning examples"),
+    "watch": ("llmrecipes.watch.commands", "watch", "a run while it trains, with alarms"),
     "diff": ("llmrecipes.evaluate.commands", "diff", "what differs between two recipes or runs"),
     "submit": ("llmrecipes.cluster.submit", "main", "a Slurm job for a recipe: written, shown, and sent"),
     "data": ("llmrecipes.cli", "data", "corpora, tokenizers and token shards, stage by stage"),

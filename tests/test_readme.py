@@ -120,7 +120,7 @@ def test_the_command_tables_are_complete():
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
         texts = [text for line in table for text in re.findall(r"`llmrecipes ([^`]+)`", line)]
         assert {named(text, exist) for text in texts} == exist, document
-    assert len(exist) == 45
+    assert len(exist) == 47
 
 
 def mistakes(words: list[str]) -> list[str]:
@@ -150,6 +150,7 @@ def mistakes(words: list[str]) -> list[str]:
         "report",
         "diff",
         "submit",
+        "watch",
     ):
         shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
         return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]
