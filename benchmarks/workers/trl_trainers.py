@@ -46,6 +46,9 @@ class Prepared(DPOTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Dataset, *_: object, **__: object) -> Dataset:
         return dataset
 
+    def _precompute_ref_logps(self, dataset: Dataset, *_: object) -> Dataset:
+        return dataset  # see `with_reference`: its own takes a row of the data set for a pair
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["step"]
 
@@ -63,6 +66,19 @@ def pair(chosen: Conversation, rejected: Conversation) -> dict[str, list[int]]:
     return {"prompt_ids": chosen[0][:first], "chosen_ids": chosen[0][first:], "rejected_ids": rejected[0][first:]}
 
 
+@torch.no_grad()
+def with_reference(rows: list[list[dict[str, Any]]], model: torch.nn.Module, bf16: bool) -> None:
+    """Write into every pair what the model thinks of its answers, as DPOTrainer precomputes it."""
+    for pairs in rows:
+        batch = DataCollatorForPreference(pad_token_id=0)(pairs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        picked = logits[:, :-1].float().log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        sums = (picked * batch["completion_mask"][:, 1:]).sum(-1).tolist()
+        for number, one in enumerate(pairs):
+            one["ref_chosen_logps"], one["ref_rejected_logps"] = sums[number], sums[number + len(pairs)]
+
+
 def main() -> None:
     """One record."""
     asked = arguments(__doc__)
@@ -76,6 +92,8 @@ def main() -> None:
         rows = [[talk(one) for one in step] for step in steps]
         work = [sum(len(one["input_ids"]) - 1 for one in row) for row in rows]
     model = AutoModelForCausalLM.from_pretrained(asked.inputs / "dense.hf", dtype=torch.float32, local_files_only=True)
+    if kind == "dpo-precomputed":
+        with_reference(rows, model, asked.dtype == "bf16")
     tokenizer = AutoTokenizer.from_pretrained(asked.inputs / "unigram")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:

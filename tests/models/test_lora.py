@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from llmrecipes.errors import UserError
 from llmrecipes.losses import linear_cross_entropy
 from llmrecipes.models import Decoder, LoraConfig, LoraExperts, ModelConfig, init_weights
-from llmrecipes.models.low_rank import choose_form, routed_update, sort_pairs
+from llmrecipes.models.low_rank import choose_form, routed_update, sort_pairs, updates
 from llmrecipes.modules.trainable import GROUPS, frozen_active, matching, set_trainable
 
 SIZES = {"vocab_size": 64, "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48}
@@ -145,6 +145,22 @@ def test_forms_and_gradients_equal_the_definition(n, k, r, null):
     if null and n > 1:
         wrong = routed_update(x, values.softmax(-1), experts.clamp(max=n - 1), a, b, 0.7, 0.0, False, "grouped")
         assert (wrong - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("columns", [[slice(0, 6), slice(6, 9)], [slice(2, 5)]], ids=["all", "some"])
+def test_updates_of_columns_and_their_gradients_equal_the_definition(columns):
+    draw = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(5, 4, dtype=torch.float64, generator=draw, requires_grad=True) for _ in columns]
+    b = [torch.randn(c.stop - c.start, 4, dtype=torch.float64, generator=draw, requires_grad=True) for c in columns]
+    expected = torch.zeros(5, 9, dtype=torch.float64)
+    for part, h, matrix in zip(columns, hidden, b, strict=True):
+        expected[:, part] = 0.7 * h.detach() @ matrix.detach().t()
+    torch.testing.assert_close(updates(9, columns, 0.7, hidden, b), expected, rtol=1e-13, atol=1e-13)
+
+    def of(*operands):
+        return updates(9, columns, 0.7, list(operands[: len(columns)]), list(operands[len(columns) :]))
+
+    assert torch.autograd.gradcheck(of, (*hidden, *b))
 
 
 def test_all_tokens_to_the_null_expert_and_none_at_all():
