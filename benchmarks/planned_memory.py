@@ -29,7 +29,9 @@ STEPS = 3
 INSTEAD = {
     "real_corpus": shlex.split(
         """--data.init_args.train '{"data/demo/shards/ja_towns": 1.0}' --data.init_args.tokenizer data/demo/tokenizer"""
-    )
+    ),
+    # The reference of all pairs would be computed first.
+    "dpo": shlex.split("""--data.init_args.train '{"data/demo/text/preferences_few.jsonl": 1.0}'"""),
 }
 
 
@@ -58,7 +60,7 @@ def short(configs: Sequence[Path], steps: int) -> list[str]:
     """Overrides that end a recipe after some steps."""
     from llmrecipes.recipe import read_recipe
 
-    words = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps), "--logging.every", "1"]
+    words = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", "null", "--logging.every", "1"]
     words += ["--samples.every", "null", "--checkpoint.every", f"{steps} steps", "--checkpoint.keep_every", "null"]
     if "token_budget" in read_recipe(configs).data["model"]["init_args"]:
         words += ["--model.init_args.token_budget", "null"]
@@ -123,6 +125,9 @@ def prepare(folder: Path, documents: int = 6000) -> None:
     for line in run:
         if main(shlex.split(line)):
             raise SystemExit(f"llmrecipes {line}: failed")
+    pairs = Path(text, "preferences.jsonl")
+    few = pairs.read_text(encoding="utf-8").splitlines(keepends=True)[:200]
+    pairs.with_name("preferences_few.jsonl").write_text("".join(few), encoding="utf-8")
 
 
 def main() -> int:

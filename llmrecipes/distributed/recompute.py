@@ -25,8 +25,13 @@ _KEPT = {
 }
 
 
-def recompute_blocks(model: nn.Module, how: Recompute) -> None:
+def recompute_blocks(model: nn.Module, how: Recompute, compiled: bool = False) -> None:
     """Let every block forget its activations and compute them again in the backward pass.
+
+    Args:
+        model: a decoder with ``layers``.
+        how: what is kept.
+        compiled: the blocks will be compiled: the compiler knows torch's own contexts only.
 
     ``forward`` is replaced on the instance, not the module wrapped: names of parameters, and so checkpoints, are the
     same with and without.
@@ -34,17 +39,18 @@ def recompute_blocks(model: nn.Module, how: Recompute) -> None:
     if how == "none":
         return
     for block in model.layers:  # type: ignore[union-attr]
-        block.forward = _Recomputed(block.forward, how)
+        block.forward = _Recomputed(block.forward, how, compiled)
 
 
 class _Recomputed:
     """A block's forward pass under a checkpoint; outside of training, as it is."""
 
-    def __init__(self, forward: Any, how: Recompute) -> None:
+    def __init__(self, forward: Any, how: Recompute, compiled: bool) -> None:
         self.forward = forward
         self.options: dict[str, Any] = {"use_reentrant": False}
         if how == "selective":
-            self.options["context_fn"] = partial(_contexts, _policy)
+            contexts = create_selective_checkpoint_contexts if compiled else _contexts
+            self.options["context_fn"] = partial(contexts, _policy)
 
     def __call__(self, *args: Any) -> Any:
         if not torch.is_grad_enabled():
