@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -48,12 +49,13 @@ def command_of(recipe: Path) -> tuple[list[Path], list[str]]:
     return configs, overrides
 
 
-def estimated(recipe: Path | Sequence[Path], overrides: list[str]) -> float:
-    """Bytes that the plan names for the device."""
+def estimated(recipe: Path | Sequence[Path], overrides: list[str], answers: float = 1.0) -> float:
+    """Bytes that the plan names for the device; ``answers``: share of the tokens that have a label."""
     from llmrecipes.plan.estimate import make_plan
     from llmrecipes.plan.job import read_job
 
-    return make_plan(read_job([recipe] if isinstance(recipe, Path) else recipe, overrides)).memory.device
+    job = read_job([recipe] if isinstance(recipe, Path) else recipe, overrides)
+    return make_plan(replace(job, answers=answers)).memory.device
 
 
 def short(configs: Sequence[Path], steps: int) -> list[str]:
