@@ -112,6 +112,10 @@ class Logging(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(flatten(record), step=record["step"])
 
+    def note(self, trainer: L.Trainer, record: dict[str, Any], line: str) -> None:
+        """Write down what another callback measured at a step: to the file, the console and the loggers."""
+        self._write(trainer, record, line)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -128,7 +132,9 @@ def validation_line(step: int, metrics: dict[str, float], measured: tuple[str, .
     """
     loss = metrics["val_loss"]
     parts = [f"valid {step:>6}", f"val_loss {loss:.4f}"]
-    parts += [f"{name.partition('/')[2]} {metrics[f'val_{name}']:.4f}" for name in measured if f"val_{name}" in metrics]
+    parts += [
+        f"{name.removeprefix('rewards/')} {metrics[f'val_{name}']:.4f}" for name in measured if f"val_{name}" in metrics
+    ]
     parts += [] if measured else [f"ppl {math.exp(loss):.2f}"]
     prefix = "val_loss/"
     parts += [f"{name.removeprefix(prefix)} {value:.4f}" for name, value in metrics.items() if name.startswith(prefix)]

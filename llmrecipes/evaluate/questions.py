@@ -27,8 +27,20 @@ INSTRUCTIONS = {
     "mgsm_ja": "与えられた計算問題の答えを整数または小数で出力してください。"
     "数値以外には何も含めないことを厳守してください。",
     "questions": "質問に答えてください。",
+    "jnli": "前提と仮説の関係をentailment、contradiction、neutralの中から回答してください。"
+    "それ以外には何も含めないことを厳守してください。\n\n"
+    "制約：\n"
+    "- 前提から仮説が、論理的知識や常識的知識を用いて導出可能である場合はentailmentと出力\n"
+    "- 前提と仮説が両立しえない場合はcontradictionと出力\n"
+    "- そのいずれでもない場合はneutralと出力",
 }
-FORMS = {"jcommonsenseqa": "[0-4]", "jmmlu": "[A-D]", "mgsm_ja": r"-?[0-9]+(\.[0-9]+)?"}
+FORMS = {
+    "jnli": "entailment|contradiction|neutral",
+    "jcommonsenseqa": "[0-4]",
+    "jmmlu": "[A-D]",
+    "mgsm_ja": r"-?[0-9]+(\.[0-9]+)?",
+}
+YES_NO = {True: "yes", False: "no"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,8 @@ def read_task(task: TaskConfig) -> Asked:
         examples = pool[: task.few_shots]
         if len(examples) < task.few_shots:
             raise UserError(f"{task.few_shot_file}: {len(examples)} examples, but few_shots is {task.few_shots}")
+    if task.held_out is not None:
+        found = [question for question in found if question.about.get("held_out") == YES_NO[task.held_out]]
     found = found[: task.limit]
     if not found:
         raise UserError(f"{task.file}: no question left to ask in task {task.title}")
@@ -143,6 +157,17 @@ def _jmmlu(number: int, record: dict[str, Any]) -> Question:
     return Question(number, f"質問：{record['question']}\n選択肢：{choices}", record["answer"], about=about)
 
 
+NLI = ("entailment", "contradiction", "neutral")  # numbered so in the datasets library's copies
+
+
+def _jnli(number: int, record: dict[str, Any]) -> Question:
+    label = record["label"]
+    label = NLI[label] if isinstance(label, int) and 0 <= label < 3 else label
+    if label not in NLI:
+        raise ValueError(f"the label is {label!r}, not {', '.join(NLI)}")
+    return Question(number, f"前提：{record['sentence1']}\n仮説：{record['sentence2']}", label, about={"label": label})
+
+
 def _mgsm(number: int, record: dict[str, Any]) -> Question:
     return Question(number, f"問題：{record['question']}", str(record["answer"]))
 
@@ -150,7 +175,7 @@ def _mgsm(number: int, record: dict[str, Any]) -> Question:
 def _asked(number: int, record: dict[str, Any], text: str = "question") -> Question:
     about: dict[str, str] = {key: str(record[key]) for key in ("lang", "kind") if key in record}
     if "held_out" in record:
-        about["held_out"] = "yes" if record["held_out"] else "no"
+        about["held_out"] = YES_NO[bool(record["held_out"])]
     return Question(number, record[text], str(record["answer"]), about=about)
 
 
@@ -158,6 +183,7 @@ READERS: dict[str, Callable[[int, dict[str, Any]], Question]] = {
     "jcommonsenseqa": _jcommonsenseqa,
     "jsquad": _jsquad,
     "jmmlu": _jmmlu,
+    "jnli": _jnli,
     "mgsm_ja": _mgsm,
     "questions": _asked,
     "cloze": partial(_asked, text="cloze"),

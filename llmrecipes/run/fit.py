@@ -15,6 +15,7 @@ from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
 from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
 from llmrecipes.checkpoint import base_of, describe_base, newest_whole, read_info
 from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMarks, ranks_end_together
+from llmrecipes.distributed.rank_status import FILE as RANKS_FILE
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
 from llmrecipes.process import StopSignals, rank_name
@@ -31,7 +32,7 @@ from llmrecipes.run.wandb_run import FILE as WANDB_ID
 log = logging.getLogger("llmrecipes")
 
 # Settings that may differ between launches of one run: they change how it is computed or watched, not what is computed.
-FREE_DATA_KEYS = ("micro_batch", "tokenizer", "valid", "valid_batches", "train", "vocab_size")
+FREE_DATA_KEYS = ("micro_batch", "tokenizer", "valid", "valid_from", "valid_batches", "train", "vocab_size")
 
 
 def run(subcommand: str, args: list[str], signals: StopSignals | None = None) -> int:
@@ -113,7 +114,7 @@ def _decide(cli: RecipeCLI, folder: Path, owned: ExitStack) -> Decision:
     if cli.wandb_id is not None:
         (folder / WANDB_ID).write_text(cli.wandb_id + "\n", encoding="utf-8")
     if resume is None:
-        for name in ("metrics.jsonl", "events.jsonl", "skipped.json"):
+        for name in ("metrics.jsonl", "events.jsonl", "skipped.json", RANKS_FILE):
             (folder / name).unlink(missing_ok=True)
     end, rate = _rate(cli, resume, recorded)
     step = 0 if resume is None else resume.step

@@ -119,6 +119,7 @@ def _step_aside(folder: Path) -> None:
             "events.jsonl",
             "skipped.json",
             "samples",
+            "evaluation",
             "loss.png",
             "routing.json",
             "routing.png",
