@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -29,7 +30,9 @@ STEPS = 3
 INSTEAD = {
     "real_corpus": shlex.split(
         """--data.init_args.train '{"data/demo/shards/ja_towns": 1.0}' --data.init_args.tokenizer data/demo/tokenizer"""
-    )
+    ),
+    # The reference of all pairs would be computed first.
+    "dpo": shlex.split("""--data.init_args.train '{"data/demo/text/preferences_few.jsonl": 1.0}'"""),
 }
 
 
@@ -46,19 +49,20 @@ def command_of(recipe: Path) -> tuple[list[Path], list[str]]:
     return configs, overrides
 
 
-def estimated(recipe: Path | Sequence[Path], overrides: list[str]) -> float:
-    """Bytes that the plan names for the device."""
+def estimated(recipe: Path | Sequence[Path], overrides: list[str], answers: float = 1.0) -> float:
+    """Bytes that the plan names for the device; ``answers``: share of the tokens that have a label."""
     from llmrecipes.plan.estimate import make_plan
     from llmrecipes.plan.job import read_job
 
-    return make_plan(read_job([recipe] if isinstance(recipe, Path) else recipe, overrides)).memory.device
+    job = read_job([recipe] if isinstance(recipe, Path) else recipe, overrides)
+    return make_plan(replace(job, answers=answers)).memory.device
 
 
 def short(configs: Sequence[Path], steps: int) -> list[str]:
     """Overrides that end a recipe after some steps."""
     from llmrecipes.recipe import read_recipe
 
-    words = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps), "--logging.every", "1"]
+    words = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", "null", "--logging.every", "1"]
     words += ["--samples.every", "null", "--checkpoint.every", f"{steps} steps", "--checkpoint.keep_every", "null"]
     if "token_budget" in read_recipe(configs).data["model"]["init_args"]:
         words += ["--model.init_args.token_budget", "null"]
@@ -123,6 +127,9 @@ def prepare(folder: Path, documents: int = 6000) -> None:
     for line in run:
         if main(shlex.split(line)):
             raise SystemExit(f"llmrecipes {line}: failed")
+    pairs = Path(text, "preferences.jsonl")
+    few = pairs.read_text(encoding="utf-8").splitlines(keepends=True)[:200]
+    pairs.with_name("preferences_few.jsonl").write_text("".join(few), encoding="utf-8")
 
 
 def main() -> int:

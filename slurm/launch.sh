@@ -118,6 +118,18 @@ train() { # words of fit...
 
 bad_nodes() { sort -u "$RUN/bad_nodes" | paste -sd,; }
 
+# The same job without the bad nodes, also with what stood on the command line of its sbatch and not in its file.
+send_again() { # this script
+  local limit
+  limit=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l | head -n 1)
+  GENERATION=$((${GENERATION:-0} + 1)) sbatch --export=ALL --exclude="$(bad_nodes)" --job-name="$SLURM_JOB_NAME" \
+    --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" ${limit:+--time="$limit"} \
+    ${SLURM_NTASKS_PER_NODE:+--ntasks-per-node="$SLURM_NTASKS_PER_NODE"} \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
+    ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} "$@"
+}
+
 # What a job that stands alone does after `train`: goes back into the queue, or leaves bad nodes behind.
 requeue_or_end() { # this script
   case $RESULT in
@@ -139,8 +151,7 @@ requeue_or_end() { # this script
       say "too few healthy nodes; sent again without $(bad_nodes)"
       # Slurm notices a dead node later than this script, and would put this job back into the queue beside the new one.
       scontrol update JobId="$ME" Requeue=0
-      GENERATION=$((${GENERATION:-0} + 1)) sbatch --export=ALL --exclude="$(bad_nodes)" \
-        ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} "$@"
+      send_again "$@"
     fi
     ;;
   *) say "failed with $CODE at $(newest)" ;;

@@ -191,7 +191,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         if self._expert_mesh is not None:
             divide_experts(model, self._expert_mesh["expert"])
-        recompute_blocks(model, self.activation_checkpointing)
+        recompute_blocks(model, self.activation_checkpointing, compiled)
         if compiled:
             compile_blocks(model)
         half = getattr(self.precision_plugin, "precision", None) == "bf16-mixed"

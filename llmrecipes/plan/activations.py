@@ -45,6 +45,7 @@ class Step:
         accumulates: gradients of earlier micro-batches are there.
         on_gpu: softmax over whole chunks, not in blocks that fit a CPU's cache.
         trained: which parameters have a gradient.
+        answers: share of the tokens that have a label.
     """
 
     rows: int
@@ -57,6 +58,7 @@ class Step:
     accumulates: bool = False
     on_gpu: bool = False
     trained: Trained = ALL
+    answers: float = 1.0
 
     @property
     def half(self) -> torch.dtype | None:
@@ -135,6 +137,9 @@ def _run(model: Decoder, tokens: Tensor, config: ModelConfig, step: Step) -> Non
     with torch.autocast("cpu", step.half) if mixed else nullcontext():
         output = model(tokens)
         hidden, labels = output.hidden.flatten(0, 1), tokens.flatten()
+        if step.answers < 1:
+            labels = labels[: max(1, round(step.answers * len(labels)))]
+            hidden = hidden.index_select(0, labels)
         if step.preference:
             loss = label_log_probs(hidden, model.head_weight, labels, step.loss_chunk, config.vocab_size).sum()
         else:

@@ -133,6 +133,7 @@ def step_of(job: Job) -> Step:
         accumulates=job.micro_batches > 1 or job.sharded,
         on_gpu=job.accelerator == "gpu",
         trained=trained_of(job),
+        answers=job.answers,
     )
 
 

@@ -34,6 +34,7 @@ class Job:
         preference: log-probabilities of pairs instead of cross-entropy. reference: a second model stays in memory.
         save_every: optimizer steps between checkpoints; None = not given in steps or tokens.
         trainable, frozen: which parameters have a gradient.
+        answers: share of the tokens that have a label.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Job:
     save_every: int | None
     trainable: tuple[str, ...] = ("all",)
     frozen: tuple[str, ...] = ()
+    answers: float = 1.0
 
     @property
     def ranks(self) -> int:

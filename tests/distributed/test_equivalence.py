@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from fp64_module import Fp64Module
@@ -193,7 +194,8 @@ def test_bf16_compute_is_close_to_autocast_alone(kind, shards):
     from llmrecipes.modules import PretrainModule
 
     plain = Setting(kind, None, 2, steps=3, precision="bf16-mixed", dropout=0.0)
-    shared = Setting(kind, "full_shard", 2, steps=3, precision="bf16-mixed", dropout=0.0)
+    # Selective: routers are sharded within a block that is computed again, which torch once refused.
+    shared = replace(plain, mode="full_shard", recompute="selective")
     (expected,) = train_on(1, plain, shards, PretrainModule)
     for result in train_on(2, shared, shards, PretrainModule):
         for name, parameter in result["parameters"].items():
