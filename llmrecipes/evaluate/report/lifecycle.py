@@ -16,6 +16,7 @@ from llmrecipes.evaluate.report.gather import Run
 
 EVERYTHING = "all"
 LOSS = "val_loss"
+FEW = 3  # a breakdown into more parts stays in the table of its evaluation
 # Of a stage: the validation figures that say what it changed, and what they are.
 FIGURES = {
     "RouterModule": {LOSS: "validation loss"},
@@ -177,8 +178,13 @@ def _answers(runs: Sequence[Run]) -> Iterator[Table]:
     asked = {key: of_run for key, of_run in asked.items() if len(of_run) > 1}
     for key, of_run in asked.items():
         rows = []
-        parts = dict.fromkeys((name, part) for task in of_run.values() for name in task["breakdowns"]
-                              for part in task["breakdowns"][name])  # fmt: skip
+        parts = dict.fromkeys(
+            (name, part)
+            for task in of_run.values()
+            for name, values in task["breakdowns"].items()
+            if len(values) <= FEW
+            for part in values
+        )
         for name, task in of_run.items():
             figures = [task["figures"][task["metric"]]]
             figures += [task["breakdowns"].get(about, {}).get(part) for about, part in parts]
