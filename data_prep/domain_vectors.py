@@ -115,11 +115,11 @@ def domain_weights(points: np.ndarray, centers: np.ndarray, temperature: float, 
         top_k: only so many nearest, renormalized; None = all.
     """
     scores = -distances(points, centers) / temperature
-    known = np.linalg.norm(points, axis=1) > 0
-    scores[~known] = 0
+    scores[~np.any(points, axis=1)] = 0
     if top_k is not None and top_k < len(centers):
         order = np.argsort(-scores, axis=1, kind="stable")
-        np.put_along_axis(scores, order[:, top_k:], np.where(known, -np.inf, 0.0)[:, None], axis=1)
+        known = np.any(points, axis=1)[:, None]
+        np.put_along_axis(scores, order[:, top_k:], np.where(known, -np.inf, 0.0), axis=1)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 

@@ -73,7 +73,7 @@ def named_files(document: str, text: str) -> set[str]:
     """Links to files, and code spans that are paths of the repository; relative to its root."""
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     found = {str(Path(document).parent / link) for link in links}
-    folders = "recipes|llmrecipes|data_prep|tests|docs|benchmarks"
+    folders = "recipes|slurm|llmrecipes|data_prep|tests|docs|benchmarks"
     return found | set(re.findall(rf"`((?:{folders})/[\w./-]*|\.ci/run|constraints\.txt)`", text))
 
 
@@ -86,7 +86,7 @@ def test_both_readmes_say_the_same():
     assert ours == theirs and len(ours) == 2
     assert [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, japanese)] == [11, 11]
     rows = [re.findall(r"^\| `([^|]*?)` ", text, re.MULTILINE) for text in (english, japanese)]
-    assert len(rows[0]) == len(rows[1]) == 23
+    assert len(rows[0]) == len(rows[1]) == 26
 
 
 def test_every_make_target_exists():
@@ -121,7 +121,7 @@ def test_the_command_tables_are_complete():
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
         texts = [text for line in table for text in re.findall(r"`llmrecipes ([^`]+)`", line)]
         assert {named(text, exist) for text in texts} == exist, document
-    assert len(exist) == 44
+    assert len(exist) == 47
 
 
 def mistakes(words: list[str]) -> list[str]:
@@ -140,7 +140,19 @@ def mistakes(words: list[str]) -> list[str]:
     if words[0] == "merge":
         options = inspect.signature(MERGES[words[1]].load()).parameters if words[1] in MERGES else {}
         return [word for word in words[1:] if word.startswith("--") and word[2:] not in options]
-    if words[0] in ("generate", "perplexity", "ensemble", "plan", "budget", "doctor", "evaluate", "report", "diff"):
+    if words[0] in (
+        "generate",
+        "perplexity",
+        "ensemble",
+        "plan",
+        "budget",
+        "doctor",
+        "evaluate",
+        "report",
+        "diff",
+        "submit",
+        "watch",
+    ):
         shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
         return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]
     if words[0] not in (*TRAINER_COMMANDS, "check"):

@@ -112,6 +112,10 @@ class Logging(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(flatten(record), step=record["step"])
 
+    def note(self, trainer: L.Trainer, record: dict[str, Any], line: str) -> None:
+        """Write down what another callback measured at a step: to the file, the console and the loggers."""
+        self._write(trainer, record, line)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from llmrecipes.callbacks.media import show_image
 from llmrecipes.callbacks.metrics_file import read_metrics
 
 log = logging.getLogger("llmrecipes")
@@ -21,6 +22,7 @@ class LossCurve(L.Callback):
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero and draw_loss_curve(folder / "metrics.jsonl", folder / "loss.png"):
             log.info(f"curve {folder / 'loss.png'}")
+            show_image(trainer.loggers, "loss_curve", folder / "loss.png", trainer.global_step)
 
 
 def draw_loss_curve(metrics: Path, picture: Path) -> bool:

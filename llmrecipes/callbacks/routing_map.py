@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from llmrecipes.callbacks.media import show_image
+
 log = logging.getLogger("llmrecipes")
 
 
@@ -34,6 +36,7 @@ class RoutingMap(L.Callback):
             return
         draw_routing(folder / "routing.json", folder / "routing.png")
         log.info(f"routing {folder / 'routing.png'}")
+        show_image(trainer.loggers, "routing", folder / "routing.png", trainer.global_step)
 
 
 def draw_routing(figures: Path, picture: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
+from llmrecipes.callbacks.media import show_table
 from llmrecipes.models import generate
 
 log = logging.getLogger("llmrecipes")
@@ -82,6 +83,8 @@ class Samples(L.Callback):
         path = Path(trainer.default_root_dir) / "samples" / f"step={step:06d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+        rows = [dict(zip(("prompt", "text"), text.split("│", 1), strict=True)) for text in texts]
+        show_table(trainer.loggers, "samples", rows, step)
         log.info(f"sample {step:>5}  " + texts[step // max(1, self.every or 1) % len(texts)].replace("\n", "⏎")[:100])
 
     def _continue(self, pl_module: Any, tokenizer: Any, eos_id: int, prompt: str, index: int) -> str:

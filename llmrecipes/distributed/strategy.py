@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from llmrecipes.distributed.compiled import compile_blocks
 from llmrecipes.distributed.expert_parallel import divide_experts
 from llmrecipes.distributed.launcher import RankLauncher
+from llmrecipes.distributed.rank_status import RankStatus
 from llmrecipes.distributed.recompute import Recompute, recompute_blocks
 from llmrecipes.distributed.rendezvous import Rendezvous, Report
 from llmrecipes.distributed.sharding import Sharding, prepare_micro_batch, shard_model
@@ -81,6 +83,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.watched = False
         self.watchdog: Watchdog | None = None
         self.advice: Callable[[], str] = lambda: ""
+        self.status_file: Path | None = None  # where rank 0 writes what all ranks do
         every = self.mode != "no_shard" if reduce_every_micro_batch is None else reduce_every_micro_batch
         self.reduce_every_micro_batch = every
         self.sizes: MeshSizes | None = None
@@ -125,6 +128,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _watch(self, rendezvous: Rendezvous, reports: list[Report]) -> None:
         self.watchdog = Watchdog(rendezvous, reports, self.timeout, self.advice)
+        if self.status_file is not None:
+            self.watchdog.observe = RankStatus(self.status_file)
         self.watchdog.start()
         if isinstance(self._launcher, RankLauncher):
             self._launcher.on_death = self.watchdog.report_death

@@ -204,6 +204,9 @@ class Watchdog:
         timeout: seconds without progress on any rank after which the job ends.
         advice: what to do next, for the end of the message.
         end: called with the exit code; does not return.
+
+    Attributes:
+        observe: called once a second on rank 0 with the names of the ranks and their beats; set before the start.
     """
 
     def __init__(
@@ -218,6 +221,7 @@ class Watchdog:
         self.silence = min(timeout, SILENCE)
         self._rendezvous = rendezvous
         self._end = end
+        self.observe: Callable[[list[str], list[Beat]], object] = lambda _names, _beats: None
         self._beat = Beat()
         self._main = threading.main_thread().ident
         self._wake = threading.Event()
@@ -325,6 +329,7 @@ class Watchdog:
         if self._beat.state == "failed":
             return  # its main thread speaks for itself
         beats = self._beats(store)
+        self.observe([str(report) for report in self.reports], beats)
         if all(beat.state == "left" for beat in beats):
             self._done.set()
             return

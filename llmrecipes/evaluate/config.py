@@ -9,7 +9,8 @@ from typing import Literal
 
 from data_prep.frame.config import Finding
 from llmrecipes.evaluate.average import CATEGORIES
-from llmrecipes.evaluate.metrics import METRICS
+from llmrecipes.evaluate.metrics import METRICS, OVER_ALL
+from llmrecipes.evaluate.mt_bench.config import MTBenchConfig
 
 # Kind of task: category, metric of the average, most new tokens (llm-jp-eval's output_length where it has the task).
 KINDS: dict[str, tuple[str | None, str, int]] = {
@@ -17,12 +18,26 @@ KINDS: dict[str, tuple[str | None, str, int]] = {
     "jsquad": ("RC", "char_f1", 25),
     "jmmlu": ("HE", "exact_match", 1),
     "mgsm_ja": ("MR", "exact_match", 10),
+    "jnli": ("NLI", "exact_match", 3),
     "llm_jp_eval": (None, "exact_match", 0),
     "questions": (None, "contains", 32),
     "perplexity": (None, "bits_per_byte", 0),
+    "mt_bench": (None, "score", 1024),
+    "lm_eval": (None, "", 0),
 }
 CHAT_TOKENS = 128  # of a chat model that reasons before it answers
-Kind = Literal["jcommonsenseqa", "jsquad", "jmmlu", "mgsm_ja", "llm_jp_eval", "questions", "perplexity"]
+Kind = Literal[
+    "jcommonsenseqa",
+    "jsquad",
+    "jmmlu",
+    "mgsm_ja",
+    "jnli",
+    "llm_jp_eval",
+    "questions",
+    "perplexity",
+    "mt_bench",
+    "lm_eval",
+]
 Ask = Literal["instruction", "chat", "cloze"]
 
 
@@ -32,7 +47,7 @@ class TaskConfig:
 
     Args:
         kind: what the file holds and how it is scored; see docs/evaluation.md.
-        file: its questions, JSON lines (of llm_jp_eval one JSON object; of perplexity texts).
+        file: its questions, JSON lines (of llm_jp_eval one JSON object; of perplexity texts; of lm_eval a task YAML of lm-evaluation-harness, or the name of one of its own tasks).
         name: of its folder and row; null = the kind.
         ask: "instruction" (llm-jp-eval's prompt with examples), "chat" (the chat template), "cloze" (questions only: the beginning of the answering sentence); null = instruction, for questions chat.
         few_shot_file: where the examples come from; the same as file: its first questions, which are then not asked.
@@ -42,10 +57,11 @@ class TaskConfig:
         max_new_tokens: longest answer; null = llm-jp-eval's output_length of the task, 32 for questions.
         instruction: other words than the kind's.
         cut: where an answer ends: "blank_line" (llm-jp-eval), "line", "none"; null = blank_line, for cloze line.
-        metric: of llm_jp_eval files: exact_match, exact_match_figure, last_number, char_f1, set_f1, pearson, contains or begins_with; null = the kind's.
+        metric: of llm_jp_eval files: exact_match, exact_match_figure, last_number, char_f1, set_f1, pearson, spearman, contains or begins_with; null = the kind's.
         category: of llm_jp_eval files: NLI, QA, RC, MC, HE, EL, FA, MR or MT; null = in no average.
         form: a regular expression that a whole answer obeys; null = the kind's.
         field: of perplexity: name of the text in a JSON line.
+        mt_bench: of mt_bench: the judge and the rest; see below.
     """  # noqa: E501 - one line an argument is what the help shows
 
     kind: Kind
@@ -63,6 +79,7 @@ class TaskConfig:
     category: str | None = None
     form: str | None = None
     field: str = "text"
+    mt_bench: MTBenchConfig | None = None
 
     @property
     def title(self) -> str:
@@ -72,7 +89,7 @@ class TaskConfig:
     @property
     def way(self) -> Ask:
         """How it is asked."""
-        return self.ask or ("chat" if self.kind == "questions" else "instruction")
+        return self.ask or ("chat" if self.kind in ("questions", "mt_bench") else "instruction")
 
     @property
     def end(self) -> str:
@@ -99,7 +116,7 @@ class TaskConfig:
             yield ("few_shots",), "few_shots is 0 or more, limit 1 or more", "correct them"
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             yield ("max_new_tokens",), f"max_new_tokens: {self.max_new_tokens} leaves no answer", "write 1 or more"
-        if self.few_shots > 0 and self.few_shot_file is None:
+        if self.few_shots > 0 and self.few_shot_file is None and self.kind != "lm_eval":
             yield ("few_shots",), "few_shots: there is no file to take examples from", "name it in few_shot_file"
         if self.few_shots == 0 and self.few_shot_file is not None:
             yield ("few_shot_file",), "few_shot_file: without few_shots it has no effect", "add few_shots: 4"
@@ -109,17 +126,39 @@ class TaskConfig:
             yield ("held_out",), f"held_out: {self.kind} does not tell", "leave it out"
         if self.few_shots and (self.way != "instruction" or self.kind in ("questions", "perplexity")):
             yield ("few_shots",), "few_shots: examples stand in llm-jp-eval's prompt only", "use ask: instruction"
-        if self.metric is not None and self.metric not in (*METRICS, "pearson"):
-            yield ("metric",), f"metric: there is no {self.metric!r}", f"one of {', '.join([*METRICS, 'pearson'])}"
+        yield from self._problems_of_kind()
+        if self.kind != "lm_eval" and self.metric is not None and self.metric not in (*METRICS, *OVER_ALL):
+            yield ("metric",), f"metric: there is no {self.metric!r}", f"one of {', '.join([*METRICS, *OVER_ALL])}"
         if self.category is not None and self.category not in CATEGORIES:
             yield ("category",), f"category: there is no {self.category!r}", f"one of {', '.join(CATEGORIES)}"
+
+    def _problems_of_kind(self) -> Iterator[Finding]:
+        """Keys that belong to one kind only."""
+        if (self.mt_bench is None) != (self.kind != "mt_bench"):
+            what = (
+                "belongs to kind mt_bench" if self.mt_bench is not None else "is missing: kind mt_bench needs a judge"
+            )
+            yield ("mt_bench",), f"mt_bench: {what}", "see docs/evaluation.md"
+        if self.mt_bench is not None:
+            for path, what, hint in self.mt_bench.problems():
+                yield ("mt_bench", *path), what, hint
+        if self.kind == "mt_bench" and self.way != "chat":
+            yield ("ask",), f"ask: {self.ask} is not for mt_bench, which is a conversation", "leave it out"
+        if self.kind == "lm_eval":
+            set_here = ("ask", "max_new_tokens", "instruction", "cut", "form", "few_shot_file")
+            for key in (key for key in set_here if getattr(self, key) is not None):
+                yield (key,), f"{key}: has no effect on kind lm_eval", "its task YAML says it"
 
     def missing(self) -> Iterator[Finding]:
         """Files that are not there."""
         for key in ("file", "few_shot_file"):
             name = getattr(self, key)
-            if name is not None and not Path(name).exists():
+            own = self.kind == "lm_eval" and key == "file" and Path(name).suffix not in (".yaml", ".yml")
+            if name is not None and not own and not Path(name).exists():
                 yield (key,), f"{key}: {name}: no such file", "correct the path, or make the file"
+        if self.mt_bench is not None:
+            for path, what, hint in self.mt_bench.missing():
+                yield ("mt_bench", *path), what, hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +176,9 @@ class EvaluateConfig:
         batch_size: questions answered side by side.
         strict: a category that no task measures counts 0 in the average, as in llm-jp-eval.
         overwrite: measure again what was measured of another model or by another recipe.
-    """
+        checkpoints: of a run folder: "newest", or "each" whole checkpoint that was not measured yet, each once, into OUTPUT@STEP.
+        wait: with "each": seconds between two looks for new checkpoints, until the run is done; 0 = measure what is there.
+    """  # noqa: E501 - one line an argument is what the help shows
 
     model: str
     tasks: list[TaskConfig]
@@ -149,9 +190,13 @@ class EvaluateConfig:
     batch_size: int = 8
     strict: bool = False
     overwrite: bool = False
+    checkpoints: Literal["newest", "each"] = "newest"
+    wait: float = 0.0
 
     def problems(self) -> Iterator[Finding]:
         """What is wrong, of each task too."""
+        if self.wait < 0 or (self.wait and self.checkpoints == "newest"):
+            yield ("wait",), "wait: has an effect with checkpoints: each, and is 0 or more", "correct it"
         if self.batch_size < 1:
             yield ("batch_size",), f"batch_size: {self.batch_size} answers nothing", "write 1 or more"
         if not self.tasks:
@@ -168,6 +213,10 @@ class EvaluateConfig:
         """Files and folders that are not there."""
         if not Path(self.model).exists():
             yield ("model",), f"model: {self.model}: no such folder", "train it first, or correct the path"
+        yield from self.missing_of_tasks()
+
+    def missing_of_tasks(self) -> Iterator[Finding]:
+        """The same, without the model."""
         for number, task in enumerate(self.tasks):
             for path, what, hint in task.missing():
                 yield ("tasks", number, *path), what, hint

@@ -1,6 +1,7 @@
 """Scores of an answer against its reference, equal to those of llm-jp-eval 1.3.0. Torch-free.
 
-Each takes ``(answer, reference)`` and gives a number between 0 and 1; ``pearson`` takes all of them at once.
+Each takes ``(answer, reference)`` and gives a number between 0 and 1; ``pearson`` and ``spearman`` take all of a
+task at once.
 """
 
 from __future__ import annotations
@@ -91,7 +92,11 @@ def pearson(answers: Sequence[str], references: Sequence[str]) -> float:
 
     Over the whole task: its descendants called it for one pair at a time and returned 0 whatever came out.
     """
-    xs, ys = [parse_float(a) for a in answers], [float(r) for r in references]
+    return correlation_of([parse_float(a) for a in answers], [float(r) for r in references])
+
+
+def correlation_of(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Pearson's of numbers; 0 where it is undefined."""
     if len(xs) < 2:
         return 0.0
     mean_x, mean_y = math.fsum(xs) / len(xs), math.fsum(ys) / len(ys)
@@ -100,6 +105,27 @@ def pearson(answers: Sequence[str], references: Sequence[str]) -> float:
     if scale == 0:
         return 0.0
     return max(-1.0, min(1.0, math.fsum(a * b for a, b in zip(dx, dy, strict=True)) / scale))
+
+
+def spearman(answers: Sequence[str], references: Sequence[str]) -> float:
+    """The same of their ranks; equal ones share the mean of theirs."""
+    xs, ys = [parse_float(a) for a in answers], [float(r) for r in references]
+    return correlation_of(ranks(xs), ranks(ys))
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """From 1, the mean of their places for equal values."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    found = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
+            end += 1
+        for i in order[start : end + 1]:
+            found[i] = (start + end) / 2 + 1
+        start = end + 1
+    return found
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {
@@ -111,3 +137,5 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "contains": contains,
     "begins_with": begins_with,
 }
+# Of a whole task, not of an answer.
+OVER_ALL: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"pearson": pearson, "spearman": spearman}

@@ -27,9 +27,20 @@ INSTRUCTIONS = {
     "mgsm_ja": "与えられた計算問題の答えを整数または小数で出力してください。"
     "数値以外には何も含めないことを厳守してください。",
     "questions": "質問に答えてください。",
+    "jnli": "前提と仮説の関係をentailment、contradiction、neutralの中から回答してください。"
+    "それ以外には何も含めないことを厳守してください。\n\n"
+    "制約：\n"
+    "- 前提から仮説が、論理的知識や常識的知識を用いて導出可能である場合はentailmentと出力\n"
+    "- 前提と仮説が両立しえない場合はcontradictionと出力\n"
+    "- そのいずれでもない場合はneutralと出力",
+}
+FORMS = {
+    "jnli": "entailment|contradiction|neutral",
+    "jcommonsenseqa": "[0-4]",
+    "jmmlu": "[A-D]",
+    "mgsm_ja": r"-?[0-9]+(\.[0-9]+)?",
 }
 YES_NO = {True: "yes", False: "no"}
-FORMS = {"jcommonsenseqa": "[0-4]", "jmmlu": "[A-D]", "mgsm_ja": r"-?[0-9]+(\.[0-9]+)?"}
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,17 @@ def _jmmlu(number: int, record: dict[str, Any]) -> Question:
     return Question(number, f"質問：{record['question']}\n選択肢：{choices}", record["answer"], about=about)
 
 
+NLI = ("entailment", "contradiction", "neutral")  # numbered so in the datasets library's copies
+
+
+def _jnli(number: int, record: dict[str, Any]) -> Question:
+    label = record["label"]
+    label = NLI[label] if isinstance(label, int) and 0 <= label < 3 else label
+    if label not in NLI:
+        raise ValueError(f"the label is {label!r}, not {', '.join(NLI)}")
+    return Question(number, f"前提：{record['sentence1']}\n仮説：{record['sentence2']}", label, about={"label": label})
+
+
 def _mgsm(number: int, record: dict[str, Any]) -> Question:
     return Question(number, f"問題：{record['question']}", str(record["answer"]))
 
@@ -161,6 +183,7 @@ READERS: dict[str, Callable[[int, dict[str, Any]], Question]] = {
     "jcommonsenseqa": _jcommonsenseqa,
     "jsquad": _jsquad,
     "jmmlu": _jmmlu,
+    "jnli": _jnli,
     "mgsm_ja": _mgsm,
     "questions": _asked,
     "cloze": partial(_asked, text="cloze"),

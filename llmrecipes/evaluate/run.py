@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from llmrecipes.errors import UserError
 from llmrecipes.evaluate.average import average
 from llmrecipes.evaluate.config import EvaluateConfig, TaskConfig
 from llmrecipes.evaluate.figures import Figure, ratio
-from llmrecipes.evaluate.questions import Asked, Question, chat_message, prompt, read_task
+from llmrecipes.evaluate.harness import check_harness, run_harness
+from llmrecipes.evaluate.mt_bench.questions import read_conversations
+from llmrecipes.evaluate.mt_bench.run import run_mt_bench
+from llmrecipes.evaluate.questions import READERS, Asked, Question, chat_message, prompt, read_task
 from llmrecipes.evaluate.scoring import breakdowns, figures, score_one
 from llmrecipes.evaluate.store import SUMMARY, Store, made_of, model_fingerprint, write_json
 from llmrecipes.inference.generate_command import Request, write
@@ -27,8 +31,9 @@ from llmrecipes.inference.perplexity import score
 from llmrecipes.inference.perplexity_command import window_of
 from llmrecipes.inference.prompts import Prompt, make
 from llmrecipes.inference.texts import read_documents
-from llmrecipes.models import Sampling
+from llmrecipes.models import DecoderOutput, Sampling
 
+ASKED = {*READERS, "llm_jp_eval"}  # kinds whose questions are asked here
 STOPS = {"blank_line": ["\n\n"], "line": ["\n"], "none": []}
 
 
@@ -45,26 +50,51 @@ def evaluate(config: EvaluateConfig, output: Path) -> dict[str, Any]:
     Raises:
         UserError: files or models that cannot be read, or answers of something else in the folder.
     """
-    asked = {task.title: read_task(task) for task in config.tasks if task.kind != "perplexity"}  # mistakes first
+    check_tasks(config)  # mistakes first
     place = Path(config.model)
     place = place if _is_folder_of_weights(place) else find_checkpoint(place)
-    identity = model_fingerprint(place)
+    return measure(config, output, lambda: _open(config), str(place), model_fingerprint(place))
+
+
+def check_tasks(config: EvaluateConfig) -> dict[str, Asked]:
+    """The questions of the tasks that have some, by task.
+
+    Raises:
+        UserError: files that cannot be read.
+    """
+    for task in config.tasks:
+        if task.kind == "lm_eval":
+            check_harness(task)
+        elif task.mt_bench is not None:
+            read_conversations(task.file, task.mt_bench.references, task.limit)
+    return {task.title: read_task(task) for task in config.tasks if task.kind in ASKED}
+
+
+def measure(
+    config: EvaluateConfig, output: Path, open_it: Callable[[], Opened], place: str, identity: str
+) -> dict[str, Any]:
+    """Measure every task of a model, going on where a stopped evaluation left off.
+
+    Args:
+        config: the recipe.
+        output: see :func:`evaluate`.
+        open_it: opens the model; called when there is something to ask.
+        place: where its weights are.
+        identity: tells its answers from those of others.
+    """
+    asked = check_tasks(config)
     how = {"template": config.template, "tokenizer": config.tokenizer, "dtype": config.dtype}
     stores = {
         task.title: Store(output / task.title, made_of(task, identity, how), config.overwrite) for task in config.tasks
     }
-    opened: Opened | None = None
+    opened = cache(open_it)
     results = []
     for task in config.tasks:
         store = stores[task.title]
         result = store.result
         if result is None:
-            opened = opened or _open(config)
             began = time.monotonic()
-            if task.kind == "perplexity":
-                result = _perplexity(opened, task)
-            else:
-                result = _questions(opened, task, asked[task.title], store, config.batch_size)
+            result = _measure(opened, task, asked.get(task.title), store, config.batch_size)
             result["seconds"] = round(time.monotonic() - began, 1)
             store.finish(result)
         else:
@@ -74,6 +104,21 @@ def evaluate(config: EvaluateConfig, output: Path) -> dict[str, Any]:
     summary = _summary(config, place, identity, results)
     write_json(output / SUMMARY, summary)
     return summary
+
+
+def _measure(
+    opened: Callable[[], Opened], task: TaskConfig, asked: Asked | None, store: Store, batch_size: int
+) -> dict[str, Any]:
+    if task.kind == "perplexity":
+        return _perplexity(opened(), task)
+    if task.kind == "mt_bench":
+        return run_mt_bench(opened, task, store, batch_size)
+    if task.kind == "lm_eval":
+        result, rows = run_harness(opened(), task, batch_size)
+        store.replace(rows)
+        return result
+    assert asked is not None
+    return _questions(opened(), task, asked, store, batch_size)
 
 
 def _is_folder_of_weights(folder: Path) -> bool:
@@ -199,7 +244,8 @@ def _perplexity(opened: Opened, task: TaskConfig) -> dict[str, Any]:
     documents = list(read_documents([], [task.file], task.field, task.limit))
     size, stride = window_of(opened.name, opened.max_seq_len, opened.hard_limit, None, None)
     scores = []
-    found = score(opened.model, opened.codec, documents, size, stride, opened.vocab_size)
+    routed = RoutedTokens()
+    found = score(opened.model, opened.codec, documents, size, stride, opened.vocab_size, routed.add)
     for one in tqdm(found, total=len(documents), desc=task.title, unit="text", mininterval=_interval()):
         scores.append(one)
     total = sum(scores[1:], scores[0])
@@ -217,7 +263,27 @@ def _perplexity(opened: Opened, task: TaskConfig) -> dict[str, Any]:
         "breakdowns": {},
         "counted": {"tokens": total.tokens, "characters": total.characters, "bytes": total.num_bytes},
         "notes": [f"windows of {size} tokens, stride {stride}"],
+        **({"routing": routed.shares} if routed.shares else {}),
     }
+
+
+class RoutedTokens:
+    """Counts, over texts of one domain, how many tokens each router sent to each expert."""
+
+    def __init__(self) -> None:
+        self._counts: list[torch.Tensor] = []
+
+    def add(self, output: DecoderOutput) -> None:
+        """Take what the model gave for some texts."""
+        counts = [routing.counts.to("cpu", torch.float64) for routing in output.routing]
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """``[router][expert]``, each row adding up to 1; [] without experts or with routers of several sizes."""
+        if len({len(count) for count in self._counts}) != 1:
+            return []
+        return [[round(float(x), 6) for x in count / count.sum().clamp_min(1)] for count in self._counts]
 
 
 def _exp(figure: Figure) -> Figure:
@@ -229,7 +295,7 @@ def _exp(figure: Figure) -> Figure:
 # ---- the summary
 
 
-def _summary(config: EvaluateConfig, place: Path, identity: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(config: EvaluateConfig, place: str, identity: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [
         (result["category"], result["figures"][result["metric"]]["value"])
         for result in results
@@ -238,7 +304,7 @@ def _summary(config: EvaluateConfig, place: Path, identity: str, results: list[d
     mean = average(scores, config.strict)
     return {
         "model": config.model,
-        "weights": str(place),
+        "weights": place,
         "model_fingerprint": identity,
         "tasks": results,
         "average": {

@@ -9,13 +9,14 @@ from typing import Any
 
 from llmrecipes.evaluate.config import TaskConfig
 from llmrecipes.evaluate.figures import Figure, correlation, mean
-from llmrecipes.evaluate.metrics import METRICS, pearson
+from llmrecipes.evaluate.metrics import METRICS, OVER_ALL
 from llmrecipes.evaluate.questions import Question
 
 MORE = {  # further metrics of a kind, beside the one that stands for it
     "jsquad": ["exact_match", "best_char_f1", "best_exact_match"],
     "mgsm_ja": ["exact_match_figure", "last_number"],
     "jmmlu": [],
+    "jnli": [],
     "jcommonsenseqa": [],
     "questions": ["exact_match", "contains", "char_f1"],
     "llm_jp_eval": ["exact_match", "char_f1"],
@@ -34,7 +35,7 @@ def cut(output: str, way: str) -> str:
 
 def names(task: TaskConfig) -> list[str]:
     """The metrics of a task that are computed answer by answer, the main one first."""
-    main = ["exact_match"] if task.main_metric == "pearson" else [task.main_metric]
+    main = ["exact_match"] if task.main_metric in OVER_ALL else [task.main_metric]
     return list(dict.fromkeys([*main, *MORE[task.kind]]))
 
 
@@ -59,9 +60,10 @@ def score_one(task: TaskConfig, question: Question, output: str, form: str | Non
 def figures(task: TaskConfig, rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """Every metric of a task over its answers, and the share of answers in the form that was asked for."""
     found: dict[str, Figure] = {}
-    if task.main_metric == "pearson":
+    if task.main_metric in OVER_ALL:
         answers, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
-        found["pearson"] = correlation(pearson(answers, references), len(rows))
+        for name in dict.fromkeys([task.main_metric, *OVER_ALL]):  # JSTS is reported with both
+            found[name] = correlation(OVER_ALL[name](answers, references), len(rows))
     found |= {name: mean([row["scores"][name] for row in rows]) for name in names(task)}
     judged = [float(row["obeys"]) for row in rows if row["obeys"] is not None]
     if judged:

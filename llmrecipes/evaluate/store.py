@@ -14,7 +14,9 @@ from llmrecipes.errors import UserError
 from llmrecipes.evaluate.config import TaskConfig
 
 ANSWERS, RESULT, TASK, SUMMARY = "answers.jsonl", "result.json", "task.json", "summary.json"
+WRITTEN = "written.jsonl"  # of mt_bench: answers that may not have been judged yet
 SMALL = 1 << 20
+LATER: dict[str, Any] = {"mt_bench": None}  # keys newer than some folders: with these values they change no answer
 
 
 class Store:
@@ -39,7 +41,7 @@ class Store:
                     f"{folder}: holds answers made with another {', '.join(other) or 'recipe'}; "
                     "give another --output, or say --overwrite true"
                 )
-            for name in (RESULT, ANSWERS):
+            for name in (RESULT, ANSWERS, WRITTEN):
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / TASK, made_of)
@@ -49,9 +51,9 @@ class Store:
         """What a finished task measured."""
         return read_json(self.folder / RESULT)
 
-    def rows(self) -> dict[int, dict[str, Any]]:
+    def rows(self, name: str = ANSWERS) -> dict[int, dict[str, Any]]:
         """Answers by the id of their question; a last line cut short by a kill is taken off."""
-        path = self.folder / ANSWERS
+        path = self.folder / name
         found, good = {}, 0
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             try:
@@ -66,10 +68,15 @@ class Store:
                 file.truncate(good)
         return found
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
+    def append(self, rows: list[dict[str, Any]], name: str = ANSWERS) -> None:
         """Add answers."""
-        with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def replace(self, rows: list[dict[str, Any]]) -> None:
+        """These answers and no others."""
+        (self.folder / ANSWERS).unlink(missing_ok=True)
+        self.append(rows)
 
     def finish(self, result: dict[str, Any]) -> None:
         """The task is done."""
@@ -78,8 +85,12 @@ class Store:
 
 def made_of(task: TaskConfig, model: str, how: dict[str, Any]) -> dict[str, Any]:
     """What the answers to a task depend on: the model, the task, the contents of its files, how it is asked."""
-    files = {key: of_file(Path(name)) for key in ("file", "few_shot_file") if (name := getattr(task, key))}
+    named = {key: Path(name) for key in ("file", "few_shot_file") if (name := getattr(task, key))}
+    files = {key: of_file(path) for key, path in named.items() if path.exists()}  # else a task of lm_eval's own
     fields = {key: value for key, value in asdict(task).items() if key not in files}
+    fields = {key: value for key, value in fields.items() if key not in LATER or value != LATER[key]}
+    if task.mt_bench is not None:
+        fields["mt_bench"] = task.mt_bench.content()
     return {"model": model, "task": fields, "files": files, "how": how}
 
 
@@ -108,6 +119,17 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
     temporary.replace(path)
+
+
+def at_step(output: Path, name: str) -> Path:
+    """The folder of an evaluation along a training: ``demo@000200`` for checkpoint ``step=000200``."""
+    return output.with_name(f"{output.name}@{name.removeprefix('step=')}")
+
+
+def step_of(name: str) -> tuple[str, int] | None:
+    """The recipe and the step in the name of such a folder."""
+    stem, at, step = name.rpartition("@")
+    return (stem, int(step)) if at and step.isdecimal() else None
 
 
 def evaluations(folder: Path) -> Iterator[Path]:

@@ -20,6 +20,11 @@ class Codec(Protocol):
     vocab_size: int
 
     @property
+    def bos_id(self) -> int | None:
+        """Id of the piece that begins a text, if there is one; whether it is put there is another question."""
+        ...
+
+    @property
     def eos_ids(self) -> list[int]:
         """Ids that end a text."""
         ...
@@ -57,6 +62,11 @@ class PlainCodec:
         self._template = template
         self._tokenizer = Tokenizer(folder)
         self.vocab_size = self._tokenizer.vocab_size
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """See :class:`Codec`: the one that an exported folder names."""
+        return self._tokenizer.piece_id("<s>")
 
     @cached_property
     def eos_ids(self) -> list[int]:
@@ -97,7 +107,8 @@ class HFCodec:
         self._template = template
         self._tokenizer = _hugging_face(folder)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
-        own = self._tokenizer.eos_token_id
+        begin, own = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        self.bos_id = None if begin is None else int(begin)
         self.eos_ids = list(eos_ids) or ([] if own is None else [int(own)])
 
     def encode(self, text: str) -> list[int]:

@@ -65,12 +65,14 @@ class Request:
         sampling: how a token is chosen.
         stops: texts that end the continuation.
         seed: prompt number i (from 0) draws with the generator of ``seed + i``, whatever stands beside it.
+        seeds: of each prompt, instead.
     """
 
     max_new_tokens: int
     sampling: Sampling
     stops: Sequence[str] = ()
     seed: int = 0
+    seeds: Sequence[int] | None = None
 
 
 def run(args: Namespace) -> int:
@@ -201,7 +203,8 @@ def write(
         show: called with every piece of text; for one prompt only.
     """
     assert show is None or len(prompts) == 1
-    generators = [torch.Generator().manual_seed(request.seed + first + i) for i in range(len(prompts))]
+    seeds = request.seeds or [request.seed + first + i for i in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     writers = [Writer(opened.codec.decode, prompt, request.stops, show) for prompt in ids]
     done = generate_batch(
         opened.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from llmrecipes.inference.codec import Codec
 from llmrecipes.inference.texts import Document
 from llmrecipes.inference.windows import Window, windows
 from llmrecipes.losses import linear_cross_entropy
-from llmrecipes.models import Decoder
+from llmrecipes.models import Decoder, DecoderOutput
 
 TOKENS_AT_ONCE = 4096  # windows are read side by side up to this many
 
@@ -101,6 +101,7 @@ def score(
     size: int,
     stride: int,
     vocab_size: int | None = None,
+    listener: Callable[[DecoderOutput], object] | None = None,
 ) -> Iterator[Score]:
     """The score of every document, in order; documents do not see each other.
 
@@ -114,6 +115,7 @@ def score(
         texts: documents.
         size, stride: see :func:`~llmrecipes.inference.windows.windows`.
         vocab_size: ids that exist; later rows of the output layer only pad it. None = all rows.
+        listener: called with what the model gives, such as where its routers send the tokens.
     """
     waiting: list[Score] = []  # in order, the first is document number `done`
     parts: list[_Part] = []
@@ -126,32 +128,44 @@ def score(
         for window in windows(len(ids), size, stride):
             part = _Part(number, window, ids[window.start : window.stop])
             if parts and sum(len(p.tokens) for p in parts) + len(part.tokens) > TOKENS_AT_ONCE:
-                _settle(model, parts, waiting, done, vocab_size)
+                _settle(model, parts, waiting, done, vocab_size, listener)
                 parts = []
             parts.append(part)
         ready = (parts[0].document if parts else number + 1) - done
         yield from waiting[:ready]
         waiting, done = waiting[ready:], done + ready
-    _settle(model, parts, waiting, done, vocab_size)
+    _settle(model, parts, waiting, done, vocab_size, listener)
     yield from waiting
 
 
-def _settle(model: Decoder, parts: list[_Part], waiting: list[Score], done: int, vocab_size: int | None) -> None:
+def _settle(
+    model: Decoder,
+    parts: list[_Part],
+    waiting: list[Score],
+    done: int,
+    vocab_size: int | None,
+    listener: Callable[[DecoderOutput], object] | None,
+) -> None:
     """Add the nats of ``parts`` to the documents they belong to."""
-    for part, nats in zip(parts, _nats(model, parts, vocab_size), strict=True):
+    for part, nats in zip(parts, _nats(model, parts, vocab_size, listener), strict=True):
         place = part.document - done
         waiting[place] = replace(waiting[place], nats=waiting[place].nats + nats)
 
 
 @torch.inference_mode()
-def _nats(model: Decoder, parts: list[_Part], vocab_size: int | None) -> list[float]:
+def _nats(
+    model: Decoder, parts: list[_Part], vocab_size: int | None, listener: Callable[[DecoderOutput], object] | None
+) -> list[float]:
     """Sum of -ln p of each window's scored tokens; all stand in one row without padding, each seeing only itself."""
     if not parts:
         return []
     lengths = [len(part.tokens) - 1 for part in parts]  # the last token is only predicted
     device = model.head_weight.device
     tokens = torch.tensor([[token for part in parts for token in part.tokens[:-1]]], device=device)
-    hidden: Tensor = model(tokens, document_lengths=[lengths]).hidden[0]
+    output: DecoderOutput = model(tokens, document_lengths=[lengths])
+    if listener is not None:
+        listener(output)
+    hidden: Tensor = output.hidden[0]
     weight = model.head_weight[: vocab_size or model.config.vocab_size]
     found = []
     for part, piece in zip(parts, hidden.split(lengths), strict=True):

@@ -5,6 +5,7 @@ A fused map has an adapter for each of its parts: that is what PEFT computes on 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ from llmrecipes.models.low_rank import (
     scatter_rows,
     sort_pairs,
     update_rows,
+    updates,
 )
 from llmrecipes.models.router import Router, Routing
 from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
@@ -60,7 +62,10 @@ class Routes:
 
 
 class Adapter(nn.Module):
-    """``scale * B A drop(x)``: A [r, in] is drawn, B [out, r] begins at zero, so that the update begins as nothing."""
+    """``scale * B A drop(x)``: A [r, in] is drawn, B [out, r] begins at zero, so that the update begins as nothing.
+
+    Holds the matrices; `AdaptedLinear` adds the updates of all its parts to its output.
+    """
 
     def __init__(self, d_in: int, d_out: int, lora: LoraConfig) -> None:
         super().__init__()
@@ -68,11 +73,6 @@ class Adapter(nn.Module):
         self.a = nn.Parameter(torch.empty(lora.rank, d_in))
         self.b = nn.Parameter(torch.zeros(d_out, lora.rank))
         nn.init.uniform_(self.a, -(d_in**-0.5), d_in**-0.5)
-
-    def forward(self, x: Tensor, routes: Routes) -> Tensor:  # noqa: ARG002 - as RoutedAdapters
-        """The update of ``x`` [..., in], [..., out]."""
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return F.linear(F.linear(x, self.a), self.b) * self.scale
 
 
 class AdapterStack(nn.Module):
@@ -128,6 +128,9 @@ class AdaptedLinear(nn.Linear):
         super().__init__(d_in, sum(parts.values()), bias=bias)
         assert config.lora is not None
         self.parts = parts
+        ends = dict(zip(parts, itertools.accumulate(parts.values()), strict=True))
+        self.columns = [slice(ends[name] - parts[name], ends[name]) for name in parts if name in adapted]
+        self.plain = config.lora.experts is None
         self.switched_on = True
         self.lora = nn.ModuleDict()
         for name in adapted:
@@ -139,16 +142,29 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:  # type: ignore[override]
         """Map ``x`` [..., in] to [..., out]."""
-        routes = routes or Routes()
-        out = super().forward(x)
         if not self.switched_on:
-            return out
-        updates = {name: module(x, routes) for name, module in self.lora.items()}
+            return super().forward(x)
+        if self.plain:
+            return self._adapted(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        routes, out = routes or Routes(), super().forward(x)
+        found = {name: module(x, routes) for name, module in self.lora.items()}
         if len(self.parts) == 1:
-            (update,) = updates.values()
+            (update,) = found.values()
             return out + update
         pieces = zip(self.parts, out.split(list(self.parts.values()), dim=-1), strict=True)
-        return torch.cat([piece + updates[name] if name in updates else piece for name, piece in pieces], dim=-1)
+        return torch.cat([piece + found[name] if name in found else piece for name, piece in pieces], dim=-1)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """Map ``x`` [T, in] to [T, out]."""
+        adapters: list[Adapter] = list(self.lora.values())  # type: ignore[arg-type]
+        first = adapters[0]
+        if first.dropout and self.training:
+            hidden = [F.linear(F.dropout(x, first.dropout), adapter.a) for adapter in adapters]
+        else:  # one product for all parts
+            together = F.linear(x, torch.cat([adapter.a for adapter in adapters]))
+            hidden = list(together.split(len(first.a), dim=-1))
+        b = [adapter.b.to(hidden[0].dtype) for adapter in adapters]
+        return super().forward(x) + updates(self.out_features, self.columns, first.scale, hidden, b)
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
 from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
 from llmrecipes.checkpoint import base_of, describe_base, newest_whole, read_info
 from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMarks, ranks_end_together
+from llmrecipes.distributed.rank_status import FILE as RANKS_FILE
 from llmrecipes.errors import UserError
 from llmrecipes.optim import RunLength
 from llmrecipes.process import StopSignals, rank_name
 from llmrecipes.recipe.fingerprint import ROUNDING
 from llmrecipes.run.allocator import keep_freed_memory
 from llmrecipes.run.environment import common_facts, record_launch
-from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done
+from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done, mark_stopped
 from llmrecipes.run.launch import Decision, Launch, NothingToDo
 from llmrecipes.run.log import start_log
 from llmrecipes.run.lr_changes import FLOOR_REACHED, RatePlan, plan_rate
@@ -90,7 +91,10 @@ def _fit(cli: RecipeCLI, folder: Path, owned: ExitStack) -> int:
         if launch.decision.validate:
             _validate_last(cli, folder)
         return 0
-    if cli.callback(GracefulStop).stopped:
+    why = cli.callback(GracefulStop).stopped
+    if why is not None:
+        if cli.trainer.is_global_zero:
+            mark_stopped(folder, cli.trainer.global_step, why)
         return EXIT_RESUMABLE
     if cli.trainer.is_global_zero:
         mark_done(folder, cli.trainer.global_step)
@@ -106,10 +110,11 @@ def _decide(cli: RecipeCLI, folder: Path, owned: ExitStack) -> Decision:
     recorded = trajectory(cli)
     resume = decide_resume(folder, cli.settings["resume"], recorded, cli.settings["resume_lr"])
     record_launch(folder, cli.resolved_recipe)
+    (folder / "STOPPED").unlink(missing_ok=True)
     if cli.wandb_id is not None:
         (folder / WANDB_ID).write_text(cli.wandb_id + "\n", encoding="utf-8")
     if resume is None:
-        for name in ("metrics.jsonl", "events.jsonl", "skipped.json"):
+        for name in ("metrics.jsonl", "events.jsonl", "skipped.json", RANKS_FILE):
             (folder / name).unlink(missing_ok=True)
     end, rate = _rate(cli, resume, recorded)
     step = 0 if resume is None else resume.step

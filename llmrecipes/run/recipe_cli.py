@@ -17,6 +17,7 @@ from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, RoutingMap, S
 from llmrecipes.checkpoint import Checkpoints, checkpoints
 from llmrecipes.data import StepData
 from llmrecipes.distributed import ShardedStrategy
+from llmrecipes.distributed.rank_status import FILE as RANKS_FILE
 from llmrecipes.errors import UserError
 from llmrecipes.modules import StepModule
 from llmrecipes.recipe import Duration, TimeSpan
@@ -182,6 +183,7 @@ class RecipeCLI(LightningCLI):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if isinstance(trainer.strategy, ShardedStrategy):
             trainer.strategy.advice = self._advice
+            trainer.strategy.status_file = self.folder / RANKS_FILE
             trainer.strategy.launch_command = [sys.executable, "-m", "llmrecipes", *self._words]
         return trainer
 

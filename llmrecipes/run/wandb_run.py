@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import netrc
+import os
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+log = logging.getLogger("llmrecipes")
 
 FILE = "wandb_id"
+SERVICE = "https://api.wandb.ai"
+PATIENCE = 5.0  # seconds for the service to answer
 
 
 def give_run_id(trainer: Any, folder: Path, fresh: bool) -> str | None:
@@ -27,6 +36,9 @@ def give_run_id(trainer: Any, folder: Path, fresh: bool) -> str | None:
         arguments = logger.setdefault("init_args", {}) if isinstance(logger, dict) else logger.init_args
         run_id = arguments.get("id") or known or secrets.token_hex(4)
         arguments["id"] = run_id
+        if reason := why_offline(arguments):
+            arguments["offline"] = True
+            log.warning(f"wandb is offline, {reason}; `wandb sync` sends what it keeps")
         # jsonargparse keeps what goes to wandb.init beside the logger's own arguments.
         logger["dict_kwargs"] = {"resume": "allow"} | dict(logger.get("dict_kwargs") or {})
     return run_id
@@ -36,3 +48,31 @@ def _wandb_loggers(loggers: Any) -> Iterator[Any]:
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if hasattr(logger, "get") and str(logger.get("class_path")).endswith("WandbLogger"):
             yield logger
+
+
+def why_offline(arguments: Any) -> str | None:
+    """Why a run cannot be sent while it trains; None where it can, or where the user said what to do.
+
+    Args:
+        arguments: of the WandbLogger; its ``offline: true`` and ``$WANDB_MODE`` stand.
+    """
+    if arguments.get("offline") or os.environ.get("WANDB_MODE"):
+        return None
+    service = urlsplit(os.environ.get("WANDB_BASE_URL") or SERVICE)
+    host = service.hostname or ""
+    if not _has_key(host):
+        return f"no key: neither $WANDB_API_KEY nor an entry for {host} in ~/.netrc (wandb login writes it)"
+    try:
+        with socket.create_connection((host, service.port or 443), timeout=PATIENCE):
+            return None
+    except OSError as error:
+        return f"{host} does not answer ({error})"
+
+
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

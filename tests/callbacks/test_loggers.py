@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import socket
 
 import pytest
 from helpers import cli, trajectory, write_recipe
 
 from llmrecipes.callbacks.logging import flatten
+from llmrecipes.run.wandb_run import give_run_id, why_offline
 
 
 def fit_with(folder, recipe, logger, **arguments):
@@ -30,19 +33,46 @@ def test_csv(tmp_path, recipe):
     assert "expert_load/1/3" in rows[0]
 
 
-@pytest.mark.slow
-def test_wandb_offline(tmp_path, recipe, monkeypatch):
-    """No account, no network: the records are in a file that ``wandb sync`` takes later."""
-    wandb = pytest.importorskip("wandb")
+@pytest.fixture
+def no_account(tmp_path, monkeypatch):
     for key in [key for key in os.environ if key.startswith("WANDB_")]:
         monkeypatch.delenv(key)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONSOLE", "off")
+
+
+def test_wandb_is_offline_unless_it_can_be_online(no_account, tmp_path, monkeypatch):
+    """Without a key or a network a run goes on, and says why once."""
+    assert "no key" in why_offline({})
+    assert why_offline({"offline": True}) is None  # the user said so: nothing to say
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        assert "does not answer" in why_offline({})  # nobody listens
+        server.listen()
+        assert why_offline({}) is None
+        monkeypatch.delenv("WANDB_API_KEY")
+        (tmp_path / "no_netrc").write_text("machine 127.0.0.1 login user password 123\n")
+        assert why_offline({}) is None
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert why_offline({}) is None
+    trainer = {"logger": {"class_path": "lightning.pytorch.loggers.WandbLogger"}}
+    monkeypatch.delenv("WANDB_MODE")
+    give_run_id(trainer, tmp_path, fresh=False)
+    assert trainer["logger"]["init_args"]["offline"] is True
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path, with_words, monkeypatch, no_account):
+    """No account, no network: the records, tables and pictures are in files that ``wandb sync`` takes later."""
+    wandb = pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
-    recipe = recipe(moe=True, steps=4)
+    recipe = with_words(moe=True, steps=4)
+    recipe["samples"] = {"every": 2, "prompts": ["w5 w6"]}
     try:
-        records = fit_with(tmp_path, recipe, "WandbLogger", project="test", save_dir=str(tmp_path), offline=True)
+        records = fit_with(tmp_path, recipe, "WandbLogger", project="test", save_dir=str(tmp_path))
     finally:
         wandb.finish()
         wandb.teardown()
@@ -55,6 +85,13 @@ def test_wandb_offline(tmp_path, recipe, monkeypatch):
             assert repr(value).encode() in content, (name, value)
             seen += 1
     assert seen > 4 * 15
+    media = {
+        path.relative_to(path.parents[1]).parts[0] for path in tmp_path.glob("wandb/offline-run-*/files/media/*/*")
+    }
+    assert media == {"table", "images"}  # the samples; the loss curve
+    tables = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.json"))
+    assert len(tables) == 2  # after steps 2 and 4
+    assert all(json.loads(table.read_text())["columns"] == ["prompt", "text"] for table in tables)
 
 
 @pytest.mark.slow

@@ -44,6 +44,29 @@ def test_the_prompt_is_llm_jp_evals(tmp_path):
         read_task(same)
 
 
+def test_jnli_and_jsts(tmp_path):
+    rows = [{"sentence1": "犬がいる", "sentence2": "猫がいる", "label": label} for label in ("neutral", 1)]
+    task = TaskConfig(kind="jnli", file=write(tmp_path / "jnli.jsonl", rows))
+    asked = read_task(task)
+    assert [q.reference for q in asked.questions] == ["neutral", "contradiction"] and asked.max_new_tokens == 3
+    assert asked.questions[0].text == "前提：犬がいる\n仮説：猫がいる" and task.group == "NLI"
+    assert "- そのいずれでもない場合はneutralと出力\n\n### 入力:" in prompt(asked, asked.questions[0])
+    bad = TaskConfig(kind="jnli", file=write(tmp_path / "bad.jsonl", [rows[0] | {"label": 3}]))
+    with pytest.raises(UserError, match="the label is 3"):
+        read_task(bad)
+    samples = [{"input": str(i), "output": str(float(i))} for i in range(5)]
+    text = json.dumps({"instruction": "類似度", "output_length": 3, "samples": samples})
+    (tmp_path / "jsts.json").write_text(text, encoding="utf-8")
+    task = TaskConfig(kind="llm_jp_eval", file=str(tmp_path / "jsts.json"), metric="pearson")
+    rows = [
+        score_one(task, q, str(i**2), None) | {"reference": q.reference}
+        for i, q in enumerate(read_task(task).questions)
+    ]
+    found = figures(task, rows)
+    assert list(found)[:2] == ["pearson", "spearman"] and found["spearman"].value == pytest.approx(1)
+    assert found["pearson"].value == pytest.approx(0.9589, abs=1e-4)
+
+
 def test_cut_and_form():
     assert cut(" ３\n\nその理由は", "blank_line") == "3" and cut("a\nb", "line") == "a"
     task = TaskConfig(kind="jcommonsenseqa", file="x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from llmrecipes.evaluate.metrics import (
     parse_float,
     pearson,
     set_f1,
+    spearman,
 )
 
 CASES = json.loads((Path(__file__).parent / "char_f1_cases.json").read_text(encoding="utf-8"))
@@ -45,6 +47,38 @@ def test_pearson_is_over_all_pairs_and_not_zero():
     assert pearson(["3", "4.5", "1", "5点", "x"], ["2", "5", "0", "4", "1"]) == pytest.approx(0.7957207052264225)
     assert pearson(["1", "1"], ["1", "2"]) == 0 and pearson(["1"], ["1"]) == 0
     assert parse_float("5点") == 5 and parse_float("x") == -2 and parse_float("-3") == 3
+
+
+def the_originals_set_f1(y_true, y_pred):
+    """As it stands in llm-jp-eval 1.3.0."""
+    set_y_true = [x.strip() for x in y_true.split("\n")]
+    set_y_pred = list({x.strip() for x in y_pred.split("\n")})
+    set_pre = sum([1 if y in set_y_true else 0 for y in set_y_pred]) / len(set_y_pred)
+    set_rec = sum([1 if y in set_y_true else 0 for y in set_y_pred]) / len(set_y_true)
+    return 2 * (set_pre * set_rec) / (set_pre + set_rec) if (set_pre + set_rec) != 0 else 0
+
+
+def test_a_table_of_cases_equals_the_originals():
+    """set_f1 as published; pearson and spearman of scipy, which the original calls, with nan as 0."""
+    stats = pytest.importorskip("scipy.stats")
+    draw = random.Random(0)
+    lines = ["東京 LOC", "大阪 LOC ", "a", "", "b"]
+    for _ in range(300):
+        a, b = ("\n".join(draw.choices(lines, k=draw.randint(1, 5))) for _ in range(2))
+        assert set_f1(a, b) == the_originals_set_f1(b, a)
+    seen = 0
+    for _ in range(100):
+        n = draw.randint(2, 30)
+        answers = [draw.choice(["0", "1.5", "3", "5", "4点", "x", "2.5"]) for _ in range(n)]
+        references = [str(draw.choice([0.0, 1.0, 2.2, 5.0])) for _ in range(n)]
+        xs, ys = [parse_float(a) for a in answers], [float(r) for r in references]
+        if len(set(xs)) > 1 and len(set(ys)) > 1:
+            seen += 1
+            assert pearson(answers, references) == pytest.approx(stats.pearsonr(xs, ys).statistic, abs=1e-12)
+            assert spearman(answers, references) == pytest.approx(stats.spearmanr(xs, ys).statistic, abs=1e-12)
+        else:
+            assert pearson(answers, references) == spearman(answers, references) == 0
+    assert seen > 80
 
 
 def test_numbers_and_pieces():

@@ -12,7 +12,7 @@ import yaml
 
 from llmrecipes.callbacks.metrics_file import read_metrics
 from llmrecipes.errors import UserError
-from llmrecipes.evaluate.store import ANSWERS, SUMMARY, evaluations, read_json
+from llmrecipes.evaluate.store import ANSWERS, SUMMARY, evaluations, read_json, step_of
 from llmrecipes.recipe import diff, read_recipe
 from llmrecipes.recipe.yaml_file import read_yaml_file
 
@@ -29,7 +29,8 @@ class Run:
         recipe: resolved; {} where there is none.
         records: of metrics.jsonl.
         launches: of environment.json, newest last.
-        summaries: of its evaluations, each with its rows of answers.
+        summaries: of its evaluations, each with its rows of answers; of those along the training the newest.
+        earlier: the others along the training, without answers.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Run:
     records: list[dict[str, Any]] = field(default_factory=list)
     launches: list[dict[str, Any]] = field(default_factory=list)
     summaries: list[dict[str, Any]] = field(default_factory=list)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -85,11 +87,17 @@ def _read_run(folder: Path, taken: list[str]) -> Run:
         run.recipe = _recipe(folder / "recipe.yaml")
     run.records = list(read_metrics(folder / "metrics.jsonl"))
     run.launches = read_json(folder / "environment.json") or []
-    for place in evaluations(folder):
+    places = list(evaluations(folder))
+    newest = dict(sorted(filter(None, (step_of(place.name) for place in places))))
+    for place in places:
         summary = read_json(place / SUMMARY)
         if summary is None:
             raise UserError(f"{place / SUMMARY}: cut short; repeat llmrecipes evaluate, which goes on where it stopped")
         summary["name"] = place.name
+        along = step_of(place.name)
+        if along is not None and along[1] != newest[along[0]]:
+            run.earlier.append(summary)
+            continue
         summary["rows"] = {task["task"]: _rows(place / task["task"] / ANSWERS) for task in summary["tasks"]}
         run.summaries.append(summary)
     return run

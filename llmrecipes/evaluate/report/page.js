@@ -24,7 +24,7 @@
       (!of || all.sets[r.s] === of) &&
       (!about || r.a.includes(about)) &&
       (!score || (score === "right" ? r.v >= 1 : score === "wrong" ? r.v <= 0 : score === "partly" ? r.v > 0 && r.v < 1 : r.o === false)) &&
-      words.every((w) => (r.q + "\n" + r.r + "\n" + r.x).toLowerCase().includes(w)));
+      words.every((w) => r.t.includes(w)));
     if (order === "low") found = [...found].sort((a, b) => a.v - b.v);
     if (order === "high") found = [...found].sort((a, b) => b.v - a.v);
     page = 0;
@@ -32,10 +32,11 @@
   }
 
   function cell(row, text, kind) {
-    const td = document.createElement("td");
+    const td = document.createElement(kind === "judged" ? "div" : "td");
     td.textContent = text;
     td.className = kind;
     row.append(td);
+    return td;
   }
 
   function show() {
@@ -48,7 +49,8 @@
       cell(row, all.sets[r.s] + " #" + r.i, "");
       cell(row, r.q, "text");
       cell(row, r.r, "text");
-      cell(row, r.x, "text " + (r.v >= 1 ? "right" : r.v <= 0 ? "wrong" : ""));
+      const answer = cell(row, r.x, "text " + (r.v >= 1 ? "right" : r.v <= 0 ? "wrong" : ""));
+      if (r.j) cell(answer, "judge: " + r.j, "judged");
       cell(row, r.v.toFixed(2) + (r.o === false ? " (form)" : ""), "number");
       body.append(row);
     }
@@ -57,6 +59,8 @@
     by("where").textContent = "page " + (page + 1) + " of " + pages;
   }
 
+  // What is searched is put together once: a list of hundreds of pages answers to each key.
+  for (const r of all.rows) r.t = (r.q + "\n" + r.r + "\n" + r.x).toLowerCase();
   for (const id of ["words", "of", "about", "score", "order"]) by(id).addEventListener("input", filter);
   by("before").addEventListener("click", () => { page -= 1; show(); });
   by("after").addEventListener("click", () => { page += 1; show(); });

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -13,21 +14,32 @@ from typing import Any
 
 from llmrecipes import __version__
 from llmrecipes.errors import UserError
+from llmrecipes.evaluate.report.along import draw_along
 from llmrecipes.evaluate.report.gather import Run, lineage, read_runs, recipe_difference
 from llmrecipes.evaluate.report.lifecycle import lifecycle
 from llmrecipes.evaluate.report.plots import draw_all
+from llmrecipes.evaluate.report.radar import draw_radar
+from llmrecipes.evaluate.report.router_map import draw_routers
+from llmrecipes.evaluate.report.scatter import AXES, draw_scatter
 
 PAGE = "report.html"
 LONGEST = 2000  # characters of a question or answer in the list; all of them are in answers.jsonl
 
 
-def write_report(folders: list[Path], output: Path, title: str | None = None) -> Path:
+def write_report(
+    folders: list[Path],
+    output: Path,
+    title: str | None = None,
+    references: Path | None = None,
+    axes: Sequence[str] = AXES,
+) -> Path:
     """Write the report.
 
     Args:
         folders: runs and evaluations.
         output: folder for ``report.html`` and the pictures.
         title: its heading.
+        references, axes: see :func:`~llmrecipes.evaluate.report.scatter.draw_scatter`.
 
     Returns:
         The page.
@@ -39,7 +51,8 @@ def write_report(folders: list[Path], output: Path, title: str | None = None) ->
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: a file; name a folder with --output")
     output.mkdir(parents=True, exist_ok=True)
-    pictures = draw_all(runs, output)
+    pictures = draw_all(runs, output) + draw_along(runs, output) + draw_routers(runs, output)
+    pictures += draw_radar(runs, output) + draw_scatter(runs, output, references, axes)
     page = output / PAGE
     temporary = page.with_name(f".{PAGE}")
     temporary.write_text(render(runs, pictures, title), encoding="utf-8")
@@ -142,7 +155,7 @@ def _row(task: str, asked: str, metric: str, figure: dict[str, Any]) -> dict[str
 
 
 def _answers(runs: list[Run]) -> dict[str, Any]:
-    """All answers, each as few letters as can be: set, id, question, reference, answer, score, form, about."""
+    """All answers, each as few letters as can be: set, id, question, reference, answer, score, form ..."""
     sets, rows = list[str](), list[dict[str, Any]]()
     for run in runs:
         for summary in run.summaries:
@@ -151,19 +164,21 @@ def _answers(runs: list[Run]) -> dict[str, Any]:
                 if not found:
                     continue
                 sets.append(f"{run.name} / {summary['name']} / {task['task']}")
-                rows += [_listed(row, len(sets) - 1) for row in found]
+                rows += [_listed(row, len(sets) - 1, task.get("scale", 1)) for row in found]
     return {"sets": sets, "rows": rows}
 
 
-def _listed(row: dict[str, Any], number: int) -> dict[str, Any]:
+def _listed(row: dict[str, Any], number: int, scale: float) -> dict[str, Any]:
+    """A row of the list; a score out of ``scale`` is shown as a share of it."""
     return {
         "s": number,
         "i": row["id"],
         "q": _short(row["question"]),
         "r": _short(row["reference"]),
         "x": _short(row["answer"]),
-        "v": next(iter(row["scores"].values())),
+        "v": max(0.0, next(iter(row["scores"].values())) / scale),
         "o": row["obeys"],
+        **({"j": _short(row["judgement"])} if row.get("judgement") else {}),
         "a": [f"{key}: {value}" for key, value in row["about"].items()],
     }
 

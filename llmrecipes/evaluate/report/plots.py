@@ -25,7 +25,7 @@ def draw_all(runs: list[Run], folder: Path) -> list[tuple[str, str, Path]]:
 
     def add(name: str, heading: str, text: str, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
         path = folder / f"{name}.png"
-        _save(draw, size, path)
+        save(draw, size, path)
         found.append((heading, text, path))
 
     if trained:
@@ -47,7 +47,7 @@ def draw_all(runs: list[Run], folder: Path) -> list[tuple[str, str, Path]]:
                 f"Expert load of {run.name}",
                 text,
                 partial(_experts, steps=steps),
-                (9, 0.9 + 1.5 * layers),
+                (9, 0.9 + layers * max(0.35, min(1.5, 8 / layers))),
             )
     mixed = [run for run in runs if data_mix(run)]
     if mixed:
@@ -61,7 +61,8 @@ def draw_all(runs: list[Run], folder: Path) -> list[tuple[str, str, Path]]:
     return found
 
 
-def _save(draw: Callable[[Any], None], size: tuple[float, float], path: Path) -> None:
+def save(draw: Callable[[Any], None], size: tuple[float, float], path: Path) -> None:
+    """Draw on a figure of this size, in inches, and write it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -74,7 +75,7 @@ def _save(draw: Callable[[Any], None], size: tuple[float, float], path: Path) ->
         figure.savefig(path, dpi=110)
 
 
-def _label(text: str) -> str:
+def label(text: str) -> str:
     """matplotlib reads formulas between dollars and leaves out labels that begin with a line."""
     return text.replace("$", r"\$").lstrip("_") or "run"
 
@@ -93,7 +94,7 @@ def _losses(figure: Any, runs: list[Run]) -> None:
         color = COLORS[number % len(COLORS)]
         steps = [r for r in run.steps if r["loss"] is not None]
         axis.plot([r["tokens"] / 1e6 for r in steps], [r["loss"] for r in steps], color=color, alpha=0.6, linewidth=0.9)
-        axis.plot([], [], color=color, label=_label(run.name))
+        axis.plot([], [], color=color, label=label(run.name))
         per_step = run.steps[-1]["tokens"] / run.steps[-1]["step"] / 1e6
         valid = [r for r in run.validations if r["val_loss"] is not None]
         axis.plot(
@@ -111,7 +112,7 @@ def _curve(figure: Any, runs: list[Run], key: str, logarithmic: bool) -> None:
             [r[key] for r in steps],
             color=COLORS[number % len(COLORS)],
             linewidth=0.9,
-            label=_label(run.name),
+            label=label(run.name),
         )
     if logarithmic:
         axis.set_yscale("log")
@@ -138,7 +139,10 @@ def _experts(figure: Any, steps: list[dict[str, Any]]) -> None:
             origin="lower",
             extent=(first, max(last, first + 1), -0.5, experts - 0.5),
         )
-        axis.set_ylabel(f"layer {layer}\nexpert", fontsize=8)
+        crowded = layers > 8
+        axis.set_ylabel(f"{layer}" if crowded else f"layer {layer}\nexpert", fontsize=7 if crowded else 8)
+        if crowded:
+            axis.set_yticks([])
     axes[-1].set_xlabel("step")
     figure.colorbar(image, ax=list(axes), extend="max")
 
@@ -153,9 +157,9 @@ def _mix(figure: Any, runs: list[Run]) -> None:
     for number, name in enumerate(names):
         shares = [dict(data_mix(run)).get(name, 0.0) for run in runs]
         color = palette(number % palette.N)
-        axis.barh(range(len(runs)), shares, left=left, color=color, label=_label(name), height=0.6)
+        axis.barh(range(len(runs)), shares, left=left, color=color, label=label(name), height=0.6)
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    axis.set_yticks(range(len(runs)), [_label(run.name) for run in runs])
+    axis.set_yticks(range(len(runs)), [label(run.name) for run in runs])
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.legend(fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -1,0 +1,1 @@
+"""MT-Bench: conversations of two turns, marked by a judge."""
