@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import importlib
 import inspect
+import math
 import re
 import shlex
 import shutil
@@ -262,8 +263,9 @@ def every_effect_is_a_number(shown: str, page: str) -> None:
     stages = re.findall(r"^  (\w+_cpu) .*?(-?[\d.]+) +(-?[\d.]+)$", tables, re.MULTILINE)
     assert [name for name, _, _ in stages] == ["router_train_cpu", "sft_cpu", *["dpo_cpu"] * 4]
     first = dict(zip(["loss", "preferred", "accuracies", "margins"], stages[2:], strict=True))
-    assert first["loss"][1] == "0.6931", "ln 2: policy and reference are the same before the first step"
-    assert float(first["margins"][1]) == 0
+    # Policy and reference are the same before the first step, but for the bf16 rounding of rows packed otherwise.
+    assert float(first["loss"][1]) == pytest.approx(math.log(2), abs=2e-3)
+    assert float(first["margins"][1]) == pytest.approx(0, abs=5e-3)
     answers = tables.split("held_out / held_out: exact_match, chat")[1]
     assert len(re.findall(r"^  \w+_cpu +[\d.]+ \([\d.]+-[\d.]+\)", answers, re.MULTILINE)) == 3
     assert page.count("<h3>Loss on every domain</h3>") == page.count("<h3>Each stage, before and after</h3>") == 1

@@ -62,6 +62,9 @@ def evaluated(run, value, low, high):
     task["breakdowns"] = {"lang": {"ja": figure}}
     summary = {"weights": "w", "average": {"sentence": "none"}, "tasks": [task]}
     (place / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (place / "asked").mkdir()
+    answers = [json.dumps({"finish": finish}) + "\n" for finish in ("eos", "eos", "eos", "length")]
+    (place / "asked" / "answers.jsonl").write_text("".join(answers), encoding="utf-8")
 
 
 def rows(table):
@@ -88,7 +91,10 @@ def test_every_stage_before_and_after(runs):
         ["router", "1.8750"], ["sft", "4.0000"], ["dpo", "0.6931"], ["dpo", "0.5000"], ["dpo", "0.0000"]
     ]  # fmt: skip
     assert [str(row[3]) for row in stages.rows] == ["1.3750", "0.5000", "0.2000", "0.7500", "1.5000"]
-    assert rows(answers) == {"router": ["0.100 (0.050-0.200)"] * 2, "sft": ["0.600 (0.450-0.750)"] * 2}
+    assert rows(answers) == {
+        "router": [*["0.100 (0.050-0.200)"] * 2, "0.750"],
+        "sft": [*["0.600 (0.450-0.750)"] * 2, "0.750"],
+    }
     assert "40 asked" in answers.heading
 
 

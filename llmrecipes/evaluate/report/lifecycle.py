@@ -16,6 +16,7 @@ from llmrecipes.evaluate.report.gather import Run
 
 EVERYTHING = "all"
 LOSS = "val_loss"
+FEW = 3  # a breakdown into more parts stays in the table of its evaluation
 # Of a stage: the validation figures that say what it changed, and what they are.
 FIGURES = {
     "RouterModule": {LOSS: "validation loss"},
@@ -173,18 +174,28 @@ def _answers(runs: Sequence[Run]) -> Iterator[Table]:
             for task in summary["tasks"]:
                 asked_of = task["figures"][task["metric"]]["n"]
                 key = f"{summary['name']} / {task['task']}: {task['metric']}, {task['ask']}, {asked_of} asked"
-                asked.setdefault(key, {})[run.name] = task
+                asked.setdefault(key, {})[run.name] = task | {"ended": _ended(summary["rows"][task["task"]])}
     asked = {key: of_run for key, of_run in asked.items() if len(of_run) > 1}
     for key, of_run in asked.items():
         rows = []
-        parts = dict.fromkeys((name, part) for task in of_run.values() for name in task["breakdowns"]
-                              for part in task["breakdowns"][name])  # fmt: skip
+        parts = dict.fromkeys(
+            (name, part)
+            for task in of_run.values()
+            for name, values in task["breakdowns"].items()
+            if len(values) <= FEW
+            for part in values
+        )
         for name, task in of_run.items():
             figures = [task["figures"][task["metric"]]]
             figures += [task["breakdowns"].get(about, {}).get(part) for about, part in parts]
-            rows.append([Cell(name), *(Cell(_with_interval(figure)) for figure in figures)])
-        columns = ["run", EVERYTHING, *(part for _, part in parts)]
+            rows.append([Cell(name), *(Cell(_with_interval(figure)) for figure in figures), Cell(task["ended"])])
+        columns = ["run", EVERYTHING, *(part for _, part in parts), "ended by itself"]
         yield Table(key, columns, rows)
+
+
+def _ended(rows: list[dict[str, Any]]) -> str:
+    """Share of answers that the model ended: one that was never taught to stop looks like one that was, otherwise."""
+    return f"{sum(row.get('finish') == 'eos' for row in rows) / len(rows):.3f}" if rows else "-"
 
 
 def _with_interval(figure: dict[str, Any] | None) -> str:
