@@ -19,20 +19,47 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 setup: $(VENV)/.done  ## create the environment and install
 
+# A map of 4 x 3 towns: so few facts are learned in two minutes.
 DEMO_TEXT := $(foreach name,ja_towns en_towns ja_people en_people arithmetic,data/demo/text/$(name).jsonl)
 data/demo/.done: $(VENV)/.done
-	$(RUN) data demo --output data/demo/text --overwrite true
-	$(RUN) data tokenizer --input $(DEMO_TEXT) --output data/demo/tokenizer --vocab_size 4000 --sample_bytes 4_000_000 --overwrite true
+	$(RUN) data demo --output data/demo/text --width 4 --depth 3 --overwrite true
+	$(RUN) data tokenizer --input $(DEMO_TEXT) --output data/demo/tokenizer --vocab_size 2000 --sample_bytes 2_000_000 --overwrite true
 	$(RUN) data tokenize --input $(DEMO_TEXT) --tokenizer data/demo/tokenizer --output_dir data/demo/shards --overwrite true
 	touch $@
 
-demo: data/demo/.done  ## from nothing to a trained little mixture of experts: corpus, tokenizer, shards, training
-	$(RUN) fit --config recipes/cpu/moe_pretrain.yaml
+# The life-cycle: each line is a stage. What is done is not done again; what was stopped goes on where it was.
+SEED := runs/dense_pretrain_cpu
+EXPERTS := runs/lora_towns_cpu runs/lora_people_cpu runs/lora_arithmetic_cpu
+CHAT := runs/router_train_cpu runs/sft_cpu runs/dpo_cpu
+EVALUATE := $(RUN) evaluate --config recipes/eval/held_out.yaml
+
+$(SEED)/DONE: data/demo/.done
+	$(RUN) fit --config recipes/cpu/dense_pretrain.yaml
+runs/lora_towns_cpu/DONE: $(SEED)/DONE
+	$(RUN) fit --config recipes/cpu/lora_expert.yaml
+runs/lora_people_cpu/DONE: $(SEED)/DONE
+	$(RUN) fit --config recipes/cpu/lora_expert.yaml --config recipes/cpu/lora_expert_people.yaml
+runs/lora_arithmetic_cpu/DONE: $(SEED)/DONE
+	$(RUN) fit --config recipes/cpu/lora_expert.yaml --config recipes/cpu/lora_expert_arithmetic.yaml
+models/demo_experts/model.yaml: $(EXPERTS:%=%/DONE)
+	rm -rf models/demo_experts
+	$(RUN) merge lora $(SEED) models/demo_experts --experts $(EXPERTS)
+runs/router_train_cpu/DONE: models/demo_experts/model.yaml
+	$(RUN) fit --config recipes/cpu/router_train.yaml
+runs/sft_cpu/DONE: runs/router_train_cpu/DONE
+	$(RUN) fit --config recipes/cpu/sft.yaml
+runs/dpo_cpu/DONE: runs/sft_cpu/DONE
+	$(RUN) fit --config recipes/cpu/dpo.yaml
+runs/%/evaluation/held_out/summary.json: runs/%/DONE
+	$(EVALUATE) --model runs/$*
+
+demo: $(CHAT:%=%/evaluation/held_out/summary.json)  ## from nothing to a chat model of experts: the whole life-cycle, and what each stage changed
+	$(RUN) report $(SEED) $(EXPERTS) $(CHAT) --output runs/report --title "make demo"
 	@echo
-	@echo "run folder  runs/moe_pretrain_cpu"
-	@echo "loss curve  runs/moe_pretrain_cpu/loss.png"
-	@echo "samples     runs/moe_pretrain_cpu/samples/, the last of them:"
-	@cat "$$(ls runs/moe_pretrain_cpu/samples/*.txt | tail -1)"
+	@echo "page with every figure  runs/report/report.html"
+	@echo "which domain goes where runs/router_train_cpu/routing.png"
+	@echo "what it wrote as it learned, the last of it: $(SEED)/samples/"
+	@cat "$$(ls $(SEED)/samples/*.txt | tail -1)"
 
 CORPUS ?= ../shared/data/corpus
 REAL_TEXT := $(foreach name,ja_wiki ja_novel ja_docs en,$(CORPUS)/$(name).jsonl.gz)
@@ -79,4 +106,4 @@ bench-full: bench-setup  ## every row of docs/performance.md: an hour or two on 
 	$(BIN)/python -m benchmarks --peers $(PEERS)/bin/python --table docs/performance.md --full
 
 clean:  ## remove the environment, the demo's data and its runs
-	rm -rf $(VENV) $(PEERS) data/demo runs/moe_pretrain_cpu
+	rm -rf $(VENV) $(PEERS) data/demo $(SEED) $(EXPERTS) $(CHAT) models/demo_experts runs/report

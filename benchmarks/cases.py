@@ -18,6 +18,8 @@ RECIPES = Path(__file__).parent / "recipes"
 TITLES = {
     "A": "dense step, 4,096 tokens",
     "B": "mixture-of-experts step, 8 experts, top 2, 4,096 tokens",
+    "C": "fine-tuning on conversations, dense model of case A, rows of 1,024 positions, real tokens",
+    "D": "DPO, dense model of case A, pairs of answers",
     "E": "from the start of the program to the end of the first step",
     "F": "output layer and cross-entropy, vocabulary 56,320, width 512, 8,192 tokens, forward and backward",
     "G": "reading and tokenizing",
@@ -132,6 +134,52 @@ def experts() -> list[Group]:
     ]  # fmt: skip
 
 
+def chat(recipe: str, *more: str) -> Program:
+    """The program itself on conversations; what it learns from lies where its recipe says."""
+    overlays = {"lora": ("sft", "lora")}.get(recipe, (recipe,))
+    configs = [word for name in overlays for word in ("--config", str(RECIPES / f"{name}.yaml"))]
+    source = {"dpo": "pairs"}.get(recipe, "talks")
+    command = (
+        "{ours}", "-m", "llmrecipes", "fit", *configs,
+        "--name", "{run}", "--run_root", "{work}", "--resume", "never",
+        "--trainer.max_steps", "{steps}", "--trainer.precision", "bf16-mixed",
+        "--model.init_args.init_from", "{inputs}/dense.ours",
+        "--data.init_args.train", '{{"{inputs}/' + source + '.jsonl": 1.0}}',
+        "--data.init_args.tokenizer", "{inputs}/unigram", "--data.init_args.cache", "{inputs}/cache", *more,
+    )  # fmt: skip
+    return Program("llmrecipes fit", command)
+
+
+def trl(kind: str, name: str) -> Program:
+    """TRL's trainers on our conversations."""
+    return peer(f"TRL {name}", "trl_trainers", "dense", "bf16", "--experts", kind)
+
+
+def fine_tuning() -> list[Group]:
+    """Case C: the same conversations in every step, on TRL's side packed or one to a row."""
+    mine = chat("sft")
+    adapters = replace(chat("lora"), name="llmrecipes fit, LoRA 16 on every map")
+    peers = (Peer(trl("packed", "SFT, padding-free"), 3.5, 0.45), Peer(trl("padded", "SFT, padded"), 5.0, 0.45))
+    flops = flops_per_token("dense")
+    return [
+        Group("C", "bf16", mine, peers, 0, "tokens", flops, warmup=1, steps=3, short=True),
+        Group("C", "bf16, LoRA", adapters, (Peer(mine, 1.3),), 0, "tokens", None, warmup=1, steps=3, checks=1),
+    ]
+
+
+def preferences() -> list[Group]:
+    """Case D: the same pairs in every step; the reference in the loop or computed before."""
+    before = replace(chat("dpo"), name="llmrecipes fit, reference precomputed")
+    within = replace(chat("dpo", "--model.init_args.reference", "copy"), name="llmrecipes fit, reference in the loop")
+    default = Peer(trl("dpo", "DPO, reference in the loop"), 5.0, 0.4)
+    same: dict[str, Any] = {"warmup": 1, "steps": 3}
+    return [
+        Group("D", "bf16", before, (default, Peer(trl("dpo-precomputed", "DPO, reference precomputed"))), 0, "pairs",
+              short=True, **same),
+        Group("D", "bf16, reference in the loop", within, (default,), 0, "pairs", **same),
+    ]  # fmt: skip
+
+
 def start() -> list[Group]:
     """Case E: the aim of 4.2 CPU seconds where the peers took 5.6 and 5.5."""
     mine = ours("small", "bf16", "--data.init_args.micro_batch", "1", "--data.init_args.global_batch", "1")
@@ -213,4 +261,4 @@ def tokenize() -> list[Group]:
 
 def groups() -> list[Group]:
     """Every row, in the order of the table."""
-    return [*dense(), *experts(), *start(), *head(), *read(), *tokenize()]
+    return [*dense(), *experts(), *fine_tuning(), *preferences(), *start(), *head(), *read(), *tokenize()]

@@ -23,6 +23,9 @@ VOCAB = 32_000
 SEQ_LEN, ROWS = 512, 8
 BATCHES = 64  # steps for which batches are dumped
 READ_TOKENS, READ_SEQ_LEN = 50_000_000, 2048
+CHAT_SEQ_LEN, CHAT_ROWS, CHAT_STEPS = 1024, 4, 16
+TALKS, PAIRS = 2_000, 500
+TEMPLATE = Path(__file__).parents[1] / "recipes" / "cpu" / "question_answer.jinja"
 SIZES: dict[str, dict[str, Any]] = {
     "dense": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1408},
     "moe": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 704},
@@ -135,6 +138,74 @@ def make_tokenizers(folder: Path, vocab: int) -> None:
     bpe.save(str(folder / "bpe" / "tokenizer.json"))
 
 
+def write_chats(folder: Path, seed: int = 3) -> None:
+    """``talks.jsonl`` and ``pairs.jsonl``: questions and answers cut out of the texts, of lognormal lengths.
+
+    A talk has about 200 tokens, a third of them the question; the two answers of a pair are of like length.
+    """
+    from llmrecipes.data import Tokenizer
+
+    rng, tokenizer = np.random.default_rng(seed), Tokenizer(str(folder / "unigram"))
+    with (folder / "texts.jsonl").open(encoding="utf-8") as lines:
+        sample = "\n".join(json.loads(line)["text"] for line in itertools.islice(lines, 0, None, 40))
+    ids, at = tokenizer.encode(sample[:4_000_000]), 0
+
+    def piece(length: float) -> str:
+        nonlocal at
+        count = int(min(max(length, 4), 400))
+        at = at + count if at + 2 * count < len(ids) else count
+        return tokenizer.decode(ids[at - count : at]).strip() or "..."
+
+    with (folder / "talks.jsonl").open("w", encoding="utf-8") as out:
+        for length in rng.lognormal(5.1, 0.6, TALKS):
+            talk = {"question": piece(length / 3), "answer": piece(2 * length / 3)}
+            out.write(json.dumps(talk, ensure_ascii=False) + "\n")
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as out:
+        for length in rng.lognormal(5.1, 0.4, PAIRS):
+            pair = {name: piece(length / 2 * rng.uniform(0.7, 1.3)) for name in ("prompt", "chosen", "rejected")}
+            out.write(json.dumps(pair, ensure_ascii=False) + "\n")
+
+
+def dump_chats(folder: Path) -> None:
+    """``talks.json`` and ``pairs.json``: per step, the conversations that our DataModules yield.
+
+    A conversation is ``[ids, trained]``; of a pair the first is the chosen one.
+    """
+    from llmrecipes.data import ChatExamples, PreferencePairs
+
+    for kind, name in ((ChatExamples, "talks"), (PreferencePairs, "pairs")):
+        data = kind(
+            {str(folder / f"{name}.jsonl"): 1.0},
+            tokenizer=str(folder / "unigram"),
+            template=str(TEMPLATE),
+            seq_len=CHAT_SEQ_LEN,
+            micro_batch=CHAT_ROWS,
+            global_batch=CHAT_ROWS,
+            split="100",
+            cache=str(folder / "cache"),
+        )
+        data.setup("fit")
+        batches = itertools.islice(data.train_dataloader(), CHAT_STEPS)
+        (folder / f"{name}.json").write_text(json.dumps([_conversations(batch) for batch in batches]))
+
+
+def _conversations(batch: Any) -> list[list[list[int]]]:
+    """Ids, and 1 where an id is trained on, of every conversation of a batch."""
+    from llmrecipes.data.batch import IGNORE
+
+    found: list[list[list[int]]] = []
+    nothing = [[0] * len(lengths) for lengths in batch.document_lengths]
+    rows = (batch.tokens, batch.labels, batch.token_mask, batch.document_lengths, batch.document_prefixes or nothing)
+    for tokens, labels, real, lengths, prefixes in zip(*rows, strict=True):
+        parts = (row.split(lengths) for row in (tokens, labels, real))
+        for ids, after, kept, prefix in zip(*parts, prefixes, strict=True):
+            if kept[0]:
+                before = found[-1][0][:prefix] if prefix else []
+                whole = [*before, *ids.tolist(), int(after[-1])]
+                found.append([whole, [0] * (prefix + 1) + (after != IGNORE).int().tolist()])
+    return found
+
+
 def main() -> None:
     """Make what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,6 +231,9 @@ def main() -> None:
     if not (folder / "bpe").exists():
         write_texts(folder, asked.megabytes, asked.texts)
         make_tokenizers(folder, asked.vocab)
+    if not (folder / "pairs.json").exists():
+        write_chats(folder)
+        dump_chats(folder)
     print(f"inputs in {folder}")
 
 

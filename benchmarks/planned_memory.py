@@ -1,48 +1,84 @@
-"""Estimated against measured peak memory on a CPU: ``python -m benchmarks.planned_memory recipes/cpu/sft.yaml ...``.
+"""Estimated against measured peak memory on a CPU, for every recipe of recipes/cpu.
 
-Each recipe is trained for a few steps in this process while torch's allocator reports every allocation (the counterpart
-of ``torch.cuda.max_memory_allocated``); `llmrecipes plan` is asked for the same recipe. The process itself is larger:
-libraries, what the C library keeps of freed memory, and oneDNN's compiled kernels are no tensors.
+    python -m benchmarks.planned_memory --prepare FOLDER        # the demo's data, and models to begin with: minutes
+    python -m benchmarks.planned_memory [RECIPE ...]            # in a folder where the demo was made
 
-The data that the recipes name must exist (``make demo``; recipes/cpu/sft.yaml before dpo.yaml).
+Each recipe is trained for a few steps in a process of its own, by the command in its header, while torch's allocator
+reports every allocation (the counterpart of ``torch.cuda.max_memory_allocated``); `llmrecipes plan` is asked for the
+same recipe. The process itself is larger: libraries, what the C library keeps of freed memory, and oneDNN's compiled
+kernels are no tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+REPOSITORY = Path(__file__).parents[1]
 TOLERANCE = 0.10
 STEPS = 3
+# A corpus of one's own is not there: the demo's, whose ids are fewer, takes as much memory.
+INSTEAD = {
+    "real_corpus": shlex.split(
+        """--data.init_args.train '{"data/demo/shards/ja_towns": 1.0}' --data.init_args.tokenizer data/demo/tokenizer"""
+    )
+}
 
 
-def estimated(recipe: Path, overrides: list[str]) -> float:
+def command_of(recipe: Path) -> tuple[list[Path], list[str]]:
+    """Files and overrides of the command in a recipe's header; without one the recipe itself."""
+    found = re.search(r"(?m)^# Command +llmrecipes fit (.*)$", recipe.read_text(encoding="utf-8"))
+    words = shlex.split(found[1]) if found else ["--config", str(recipe)]
+    configs, overrides = list[Path](), list[str]()
+    for key, value in zip(words[::2], words[1::2], strict=True):
+        if key == "--config":
+            configs.append(Path(value))
+        else:
+            overrides += [key, value]
+    return configs, overrides
+
+
+def estimated(recipe: Path | Sequence[Path], overrides: list[str]) -> float:
     """Bytes that the plan names for the device."""
     from llmrecipes.plan.estimate import make_plan
     from llmrecipes.plan.job import read_job
 
-    return make_plan(read_job([recipe], overrides)).memory.device
+    return make_plan(read_job([recipe] if isinstance(recipe, Path) else recipe, overrides)).memory.device
 
 
-def measured(recipe: Path, overrides: list[str], steps: int = STEPS) -> float:
+def short(configs: Sequence[Path], steps: int) -> list[str]:
+    """Overrides that end a recipe after some steps."""
+    from llmrecipes.recipe import read_recipe
+
+    words = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps), "--logging.every", "1"]
+    words += ["--samples.every", "null", "--checkpoint.every", f"{steps} steps", "--checkpoint.keep_every", "null"]
+    if "token_budget" in read_recipe(configs).data["model"]["init_args"]:
+        words += ["--model.init_args.token_budget", "null"]
+    return [*words, "--model.init_args.schedule.init_args.warmup", "1 steps"]
+
+
+def measured(recipe: Path | Sequence[Path], overrides: list[str], steps: int = STEPS) -> float:
     """Bytes that torch's CPU allocator held at most while the recipe was trained for some steps."""
     from torch.profiler import ProfilerActivity, profile
 
     from llmrecipes.cli import main
 
+    configs = [recipe] if isinstance(recipe, Path) else recipe
     with tempfile.TemporaryDirectory() as folder:
-        words = ["fit", "--config", str(recipe), "--run_root", folder, "--resume", "never", *overrides]
-        words += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps), "--logging.every", "1"]
-        words += ["--samples.every", "null", "--checkpoint.every", f"{steps} steps"]
-        words += ["--model.init_args.schedule.init_args.warmup", "1 steps"]
+        words = ["fit", *(word for path in configs for word in ("--config", str(path)))]
+        words += ["--run_root", folder, "--resume", "never", *overrides, *short(configs, steps)]
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             code = main(words)
         if code:
-            raise SystemExit(f"{recipe}: training ended with exit code {code}")
+            raise SystemExit(f"{configs[-1]}: training ended with exit code {code}")
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -52,25 +88,69 @@ def measured(recipe: Path, overrides: list[str], steps: int = STEPS) -> float:
     return float(peak)
 
 
+def _fit(*names: str) -> str:
+    """One step of a recipe, and of what is laid over it."""
+    configs = [Path("recipes/cpu", f"{name}.yaml") for name in names]
+    words = [word for path in configs for word in ("--config", str(path))]
+    return shlex.join(["fit", *words, *short(configs, 1), "--resume", "never"])
+
+
+def prepare(folder: Path, documents: int = 6000) -> None:
+    """What the recipes of recipes/cpu begin with, each model after one step: memory does not depend on its weights."""
+    from llmrecipes.cli import main
+
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    if not Path("recipes").exists():
+        Path("recipes").symlink_to(REPOSITORY / "recipes")
+    text = "data/demo/text"
+    run = [f"data demo --output {text} --documents {documents} --overwrite true"]
+    files = " ".join(
+        f"{text}/{name}.jsonl" for name in ("ja_towns", "en_towns", "ja_people", "en_people", "arithmetic")
+    )
+    run.append(
+        f"data tokenizer --input {files} --output data/demo/tokenizer --vocab_size 4000 --sample_bytes 4_000_000 "
+        "--overwrite true"
+    )
+    run.append(
+        f"data tokenize --input {files} --tokenizer data/demo/tokenizer --output_dir data/demo/shards --overwrite true"
+    )
+    run += [_fit("moe_pretrain"), _fit("dense_pretrain")]
+    run += [_fit("lora_expert", *more) for more in ([], ["lora_expert_people"], ["lora_expert_arithmetic"])]
+    experts = " ".join(f"runs/lora_{name}_cpu" for name in ("towns", "people", "arithmetic"))
+    run.append(f"merge lora runs/dense_pretrain_cpu models/demo_experts --experts {experts}")
+    run.append(_fit("sft"))
+    for line in run:
+        if main(shlex.split(line)):
+            raise SystemExit(f"llmrecipes {line}: failed")
+
+
 def main() -> int:
     """Print one row a recipe; 1 when an estimate is off by more than 10 %."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+", type=Path)
+    parser.add_argument("recipes", nargs="*", type=Path, help="default: all of recipes/cpu")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="make what the recipes begin with, and go there")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    args, overrides = parser.parse_known_args()
+    args, more = parser.parse_known_args()
     if args.one:
-        guess = estimated(args.recipes[0], overrides)
-        truth = measured(args.recipes[0], overrides, args.steps)
+        configs, overrides = command_of(args.recipes[0])
+        overrides += [*INSTEAD.get(args.recipes[0].stem, []), *more]
+        guess = estimated(configs, overrides)
+        truth = measured(configs, overrides, args.steps)
         process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         off = guess / truth - 1
         row = f"{args.recipes[0]} | {guess / 2**20:.1f} | {truth / 2**20:.1f} | {off:+.1%} | {process / 2**20:.0f}"
         print(f"| {row} |", flush=True)
         return int(abs(off) > TOLERANCE)
+    if args.prepare:
+        prepare(args.prepare)
+    recipes = args.recipes or sorted(Path("recipes/cpu").glob("*.yaml"))
     print("| recipe | estimated MiB | measured MiB | off | process MiB |\n|---|---|---|---|---|", flush=True)
     command = [sys.executable, "-m", "benchmarks.planned_memory", "--one", "--steps", str(args.steps)]
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
     # A process for each: what one recipe leaves behind is not the next one's.
-    codes = [subprocess.run([*command, str(r), *overrides], stderr=subprocess.DEVNULL).returncode for r in args.recipes]
+    codes = [subprocess.run([*command, str(r), *more], env=environment).returncode for r in recipes]
     return int(any(codes))
 
 

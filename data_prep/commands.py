@@ -49,6 +49,9 @@ STAGES = {
     "cluster": Stage(
         "data_prep.stages.cluster", "cluster", "documents into genres, large ones capped", "ClusterConfig"
     ),
+    "domains": Stage(
+        "data_prep.stages.domains", "domains", "documents into domains of equal size, for an expert each (c-BTM)"
+    ),
     "ask-llm": Stage(
         "data_prep.stages.ask_llm", "ask_llm", "score documents by a language model, keep the best", "AskLlmConfig"
     ),

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from data_prep import demo_arithmetic, demo_en, demo_ja
-from data_prep.demo_world import Person, Town, World, make_world
+from data_prep.demo_world import DEPTH, WIDTH, Person, Town, World, largest_world, make_world
 from llmrecipes.errors import UserError
 
 # Shares of the documents in per cent.
@@ -47,7 +47,14 @@ class Question:
     held_out: bool
 
 
-def demo(output: str, documents: int = 20_000, seed: int = 0, overwrite: bool = False) -> None:
+def demo(
+    output: str,
+    documents: int = 20_000,
+    seed: int = 0,
+    overwrite: bool = False,
+    width: int = WIDTH,
+    depth: int = DEPTH,
+) -> None:
     """Writes a small Japanese and English corpus about invented towns, people and arithmetic, and questions about it.
 
     Files: ja_towns, en_towns, ja_people, en_people, arithmetic (.jsonl: text, source, lang, domain, id, license) and
@@ -60,10 +67,17 @@ def demo(output: str, documents: int = 20_000, seed: int = 0, overwrite: bool = 
         documents: number of documents in all; 20,000 are 12 MB.
         seed: decides the world and every text.
         overwrite: replace an existing folder.
+        width, depth: of the map in towns, each with four people; fewer towns are learned sooner.
     """
     folder = Path(output)
     if documents < 100:
         raise UserError(f"--documents {documents}: at least 100, so that every domain has some")
+    most = largest_world()
+    if not (1 < width <= most[0] and depth > 1 and width * depth <= most[1]):
+        raise UserError(
+            f"--width {width} --depth {depth}: 2 x 2 towns at least; names suffice for {most[0]} rivers, one for each "
+            f"town from west to east, and for {most[1]} towns"
+        )
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         names = {f"{domain}.jsonl" for domain in DOMAINS} | {QUESTIONS_FILE, CHAT_FILE, PREFERENCES_FILE}
         if not overwrite:
@@ -73,7 +87,7 @@ def demo(output: str, documents: int = 20_000, seed: int = 0, overwrite: bool = 
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
     try:
-        report = _write_all(partial, make_world(seed), documents, seed)
+        report = _write_all(partial, make_world(seed, width, depth), documents, seed)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)

@@ -1,7 +1,7 @@
 """The invented world of the demo corpus: towns on a map, rivers, people, all facts fixed by one seed.
 
-Every name exists in Japanese and in English, so that one fact can be asked in both languages. Towns lie on a grid, 8
-wide and 6 deep; a river flows along each column, so neighbours and rivers agree everywhere.
+Every name exists in Japanese and in English, so that one fact can be asked in both languages. Towns lie on a grid; a
+river flows along each column, so neighbours and rivers agree everywhere.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-WIDTH, DEPTH = 8, 6
-NUM_PEOPLE = 192
+WIDTH, DEPTH = 8, 6  # towns from west to east, and from north to south
+PEOPLE_PER_TOWN = 4
 
 
 @dataclass(frozen=True)
@@ -70,28 +70,35 @@ class Person:
 
 @dataclass(frozen=True)
 class World:
-    """All towns and people."""
+    """All towns, row by row from the north-west, and people."""
 
     towns: tuple[Town, ...]
     people: tuple[Person, ...]
+    width: int = WIDTH
+    depth: int = DEPTH
 
     def neighbour(self, town: Town, dx: int, dy: int) -> Town | None:
         """The town so many steps to the east and south, or None beyond the edge of the map."""
         x, y = town.x + dx, town.y + dy
-        return self.towns[y * WIDTH + x] if 0 <= x < WIDTH and 0 <= y < DEPTH else None
+        return self.towns[y * self.width + x] if 0 <= x < self.width and 0 <= y < self.depth else None
 
     def residents(self, town: Town) -> list[Person]:
         """The people who live in a town, its mayor among them."""
-        index = town.y * WIDTH + town.x
+        index = town.y * self.width + town.x
         return [person for person in self.people if person.home == index]
 
 
-def make_world(seed: int) -> World:
-    """The world of a seed: 48 towns, 8 rivers, 192 people; the same on every machine."""
+def largest_world() -> tuple[int, int]:
+    """How many rivers, and so towns from west to east, and how many towns there are names for."""
+    return len(_RIVERS), len(_town_names())
+
+
+def make_world(seed: int, width: int = WIDTH, depth: int = DEPTH) -> World:
+    """The world of a seed and size: 8 x 6 towns have 8 rivers and 192 people; the same on every machine."""
     rng = Random(f"world/{seed}")
-    rivers = [River(name, rng.randrange(24, 180)) for name in rng.sample(_RIVERS, WIDTH)]
-    names = rng.sample(_town_names(), WIDTH * DEPTH)
-    populations = rng.sample(range(32, 980), WIDTH * DEPTH)
+    rivers = [River(name, rng.randrange(24, 180)) for name in rng.sample(_RIVERS, width)]
+    names = rng.sample(_town_names(), width * depth)
+    populations = rng.sample(range(32, 980), width * depth)
     people = _people(rng, len(names))
     towns = []
     for index, name in enumerate(names):
@@ -99,9 +106,9 @@ def make_world(seed: int) -> World:
         towns.append(
             Town(
                 name=name,
-                x=index % WIDTH,
-                y=index // WIDTH,
-                river=rivers[index % WIDTH],
+                x=index % width,
+                y=index // width,
+                river=rivers[index % width],
                 population=populations[index] * 100,
                 founded=rng.randrange(1603, 1956),
                 speciality=rng.choice(_SPECIALITIES),
@@ -111,7 +118,7 @@ def make_world(seed: int) -> World:
                 mayor=index,
             )
         )
-    return World(tuple(towns), tuple(people))
+    return World(tuple(towns), tuple(people), width, depth)
 
 
 def _town_names() -> list[Name]:
@@ -126,7 +133,7 @@ def _town_names() -> list[Name]:
 
 def _people(rng: Random, num_towns: int) -> list[Person]:
     """People 0 .. num_towns - 1 are the mayors of their towns; full names are unique."""
-    pairs = rng.sample([(s, g, f) for s in _SURNAMES for g, f in _given()], NUM_PEOPLE)
+    pairs = rng.sample([(s, g, f) for s in _SURNAMES for g, f in _given()], PEOPLE_PER_TOWN * num_towns)
     people = []
     for index, (surname, given, female) in enumerate(pairs):
         is_mayor = index < num_towns

@@ -30,11 +30,13 @@ COMMANDS = {
     "merge": ("llmrecipes.convert.merge_commands", "main", "experts into one mixture, adapters into weights"),
     "generate": ("llmrecipes.inference.commands", "generate", "text from a model: continue prompts, or chat"),
     "perplexity": ("llmrecipes.inference.commands", "perplexity", "how well one or two models predict texts"),
+    "ensemble": ("llmrecipes.inference.commands", "ensemble", "experts of domains as one model: score, continue"),
     "evaluate": ("llmrecipes.evaluate.commands", "evaluate", "tasks, scores and answers of a model"),
     "report": ("llmrecipes.evaluate.commands", "report", "runs and their answers on one page"),
     "sweep": ("llmrecipes.evaluate.sweep.run", "sweep", "accuracy against the number of fine-tuning examples"),
     "watch": ("llmrecipes.watch.commands", "watch", "a run while it trains, with alarms"),
     "diff": ("llmrecipes.evaluate.commands", "diff", "what differs between two recipes or runs"),
+    "submit": ("llmrecipes.cluster.submit", "main", "a Slurm job for a recipe: written, shown, and sent"),
     "data": ("llmrecipes.cli", "data", "corpora, tokenizers and token shards, stage by stage"),
 }
 
@@ -128,8 +130,11 @@ def _run(name: str, words: list[str], only_tells: bool, signals: StopSignals | N
     """Check the recipe in a second, before torch and Lightning are even imported."""
     if not only_tells:
         from llmrecipes.recipe.check import check_arguments
+        from llmrecipes.recipe.slurm import allocation_problems, shape_of
 
-        check_arguments(words)
+        problems = allocation_problems(os.environ, shape_of(check_arguments(words).data))
+        if problems:
+            raise UserError(*problems)
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # must be set before torch loads its threads; see docs/decisions.md
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # pages about closed connections; the errors say the same
     from llmrecipes.checkpoint import CheckpointError

@@ -28,16 +28,19 @@ READMES = ("README.md", "README.ja.md")
 DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in REPOSITORY.glob("docs/*.md")))
 
 # Only sizes are cut; every word of a command is kept.
-SMALLER = {"--vocab_size": "1000", "--sample_bytes": "1_000_000"}
+SMALLER = {"--vocab_size": "1000", "--sample_bytes": "1_000_000", "--width": "2", "--depth": "2"}
 MORE = {
     "data demo": "--documents 600",
     "data tokenizer": "--num_threads 1",
     "data tokenize": "--workers 1",
     "validate": "--data.init_args.seq_len 32 --data.init_args.micro_batch 4 --data.init_args.valid_batches 1",
-    "fit": "--data.init_args.seq_len 32 --data.init_args.micro_batch 4 --data.init_args.valid_batches 1 "
-    "--data.init_args.global_batch 4 --trainer.max_steps 6 --trainer.val_check_interval 3 --logging.every 2 "
+    "fit": "--data.init_args.micro_batch 4 --data.init_args.valid_batches 1 --data.init_args.global_batch 4 "
+    "--trainer.max_steps 6 --trainer.val_check_interval 3 --logging.every 2 "
     "--model.init_args.schedule.init_args.warmup '2 steps' --checkpoint.every '3 steps'",
 }
+SHORT = "--data.init_args.seq_len 32"  # of shards; a conversation needs its length
+NO_BUDGET = "--model.init_args.token_budget null"
+MORE_OF = {"lora_expert": f"{SHORT} {NO_BUDGET}", "router_train": f"{SHORT} {NO_BUDGET}", "sft": "", "dpo": ""}
 
 
 def read(name: str) -> str:
@@ -69,7 +72,7 @@ def named_files(document: str, text: str) -> set[str]:
     """Links to files, and code spans that are paths of the repository; relative to its root."""
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     found = {str(Path(document).parent / link) for link in links}
-    folders = "recipes|llmrecipes|data_prep|tests|docs|benchmarks"
+    folders = "recipes|slurm|llmrecipes|data_prep|tests|docs|benchmarks"
     return found | set(re.findall(rf"`((?:{folders})/[\w./-]*|\.ci/run|constraints\.txt)`", text))
 
 
@@ -82,7 +85,7 @@ def test_both_readmes_say_the_same():
     assert ours == theirs and len(ours) == 2
     assert [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, japanese)] == [11, 11]
     rows = [re.findall(r"^\| `([^|]*?)` ", text, re.MULTILINE) for text in (english, japanese)]
-    assert len(rows[0]) == len(rows[1]) == 22
+    assert len(rows[0]) == len(rows[1]) == 26
 
 
 def test_every_make_target_exists():
@@ -117,7 +120,7 @@ def test_the_command_tables_are_complete():
         table = [line for line in read(document).splitlines() if line.startswith("| `llmrecipes ")]
         texts = [text for line in table for text in re.findall(r"`llmrecipes ([^`]+)`", line)]
         assert {named(text, exist) for text in texts} == exist, document
-    assert len(exist) == 44
+    assert len(exist) == 47
 
 
 def mistakes(words: list[str]) -> list[str]:
@@ -136,7 +139,19 @@ def mistakes(words: list[str]) -> list[str]:
     if words[0] == "merge":
         options = inspect.signature(MERGES[words[1]].load()).parameters if words[1] in MERGES else {}
         return [word for word in words[1:] if word.startswith("--") and word[2:] not in options]
-    if words[0] in ("generate", "perplexity", "plan", "budget", "doctor", "evaluate", "report", "diff", "watch"):
+    if words[0] in (
+        "generate",
+        "perplexity",
+        "ensemble",
+        "plan",
+        "budget",
+        "doctor",
+        "evaluate",
+        "report",
+        "diff",
+        "submit",
+        "watch",
+    ):
         shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
         return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]
     if words[0] not in (*TRAINER_COMMANDS, "check"):
@@ -202,7 +217,8 @@ def in_miniature(words: list[str]) -> list[str]:
     """The same command with smaller sizes."""
     cut = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     key = " ".join(words[:2]) if words[0] == "data" else words[0]
-    return [*cut, *shlex.split(MORE.get(key, ""))]
+    own = MORE_OF.get(Path(words[2]).stem, SHORT) if key == "fit" else ""
+    return [*cut, *shlex.split(f"{MORE.get(key, '')} {own}")]
 
 
 def demo_commands() -> tuple[list[str], list[str]]:
@@ -214,6 +230,12 @@ def demo_commands() -> tuple[list[str], list[str]]:
     return run, re.findall(r"\bruns/[\w./]+", "\n".join(line for line in lines if line.startswith("echo")))
 
 
+LIFE_CYCLE = """\
+data demo, data tokenizer, data tokenize, fit dense_pretrain, fit lora_expert, fit lora_expert_people,
+fit lora_expert_arithmetic, merge lora, fit router_train, evaluate router_train_cpu, fit sft, evaluate sft_cpu, fit dpo,
+evaluate dpo_cpu, report"""
+
+
 def run(line: str) -> int:
     words = shlex.split(line)
     assert words[0] == "llmrecipes"
@@ -221,19 +243,42 @@ def run(line: str) -> int:
     return main(in_miniature(expanded))
 
 
+def named_stage(words: list[str]) -> str:
+    """What a command of the demo is for."""
+    last = {"fit": Path(words[-1]).stem, "evaluate": Path(words[-1]).name, "report": ""}
+    return f"{words[0]} {last.get(words[0], words[1])}".strip()
+
+
+def every_effect_is_a_number(shown: str, page: str) -> None:
+    """The report of the demo, on the console and on the page: each stage, before and after."""
+    rows = {line.split("  ")[1]: line.split()[-6:] for line in shown.splitlines() if line.startswith("  ")}
+    models = ["dense_pretrain_cpu", *(f"lora_{name}_cpu" for name in ("towns", "people", "arithmetic"))]
+    models += [f"router_train_cpu, {routers}" for routers in ("random routers", "trained")]
+    for model in models:
+        losses = [float(cell.strip("*")) for cell in rows[model]]
+        assert len(losses) == 6 and all(0 < loss < 10 for loss in losses), model
+    assert [cell[-1] == "*" for cell in rows["lora_people_cpu"]] == [False, False, True, True, False, False]
+    tables = shown.split("Each stage, before and after")[1]
+    stages = re.findall(r"^  (\w+_cpu) .*?(-?[\d.]+) +(-?[\d.]+)$", tables, re.MULTILINE)
+    assert [name for name, _, _ in stages] == ["router_train_cpu", "sft_cpu", *["dpo_cpu"] * 4]
+    first = dict(zip(["loss", "preferred", "accuracies", "margins"], stages[2:], strict=True))
+    assert first["loss"][1] == "0.6931", "ln 2: policy and reference are the same before the first step"
+    assert float(first["margins"][1]) == 0
+    answers = tables.split("held_out / held_out: exact_match, chat")[1]
+    assert len(re.findall(r"^  \w+_cpu +[\d.]+ \([\d.]+-[\d.]+\)", answers, re.MULTILINE)) == 3
+    assert page.count("<h3>Loss on every domain</h3>") == page.count("<h3>Each stage, before and after</h3>") == 1
+
+
 def test_the_demo_and_every_command_of_the_readme_run(workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     demo, pointed = demo_commands()
-    assert [line.split()[1:3] for line in demo] == [
-        ["data", "demo"],
-        ["data", "tokenizer"],
-        ["data", "tokenize"],
-        ["fit", "--config"],
-    ]
+    assert [named_stage(line.split()[1:]) for line in demo] == re.split(r",\s", LIFE_CYCLE)
     for line in demo:
+        capsys.readouterr()
         assert run(line) == 0, line
     assert len(pointed) >= 3 and all(Path(name).exists() for name in pointed), pointed
-    assert list(Path("runs/moe_pretrain_cpu/samples").iterdir())
+    assert list(Path("runs/dense_pretrain_cpu/samples").iterdir())
+    every_effect_is_a_number(capsys.readouterr().out, Path("runs/report/report.html").read_text(encoding="utf-8"))
 
     Path("text").mkdir()
     for language in ("ja", "en"):

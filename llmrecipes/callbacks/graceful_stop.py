@@ -42,7 +42,7 @@ class GracefulStop(L.Callback):
         self.file = file
         self.requests: StopSignals | None = None
         self.save: Callable[[L.Trainer, Any], Any] | None = None
-        self.stopped = False
+        self.stopped: str | None = None  # why: a signal's name, time_limit or file
         self._agreement: _Agreement | None = None
         self._started = time.monotonic()
         self._looked = -LOOK_EVERY
@@ -60,7 +60,7 @@ class GracefulStop(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self._agreement is not None
         asked = self._agreement.result()
-        if asked and not self.stopped and trainer.global_step < trainer.max_steps:
+        if asked and self.stopped is None and trainer.global_step < trainer.max_steps:
             assert self.save is not None
             self._stop(trainer, asked, f"saved {self.save(trainer, pl_module)}")
 
@@ -90,7 +90,8 @@ class GracefulStop(L.Callback):
         if trainer.is_global_zero and asked[0] == STOP_FILE:
             self._path(trainer).unlink(missing_ok=True)
         log.info(f"{what}: stopped after step {trainer.global_step}, {saved}; the same command goes on from here")
-        self.stopped = trainer.should_stop = True
+        self.stopped = {TIME_LIMIT: "time_limit", STOP_FILE: "file"}.get(asked[0]) or signal.Signals(asked[0]).name
+        trainer.should_stop = True
         # Lightning would validate once more on its way out, while the scheduler's patience runs out.
         trainer.limit_val_batches = 0
 

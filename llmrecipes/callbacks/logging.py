@@ -132,7 +132,9 @@ def validation_line(step: int, metrics: dict[str, float], measured: tuple[str, .
     """
     loss = metrics["val_loss"]
     parts = [f"valid {step:>6}", f"val_loss {loss:.4f}"]
-    parts += [f"{name.partition('/')[2]} {metrics[f'val_{name}']:.4f}" for name in measured if f"val_{name}" in metrics]
+    parts += [
+        f"{name.removeprefix('rewards/')} {metrics[f'val_{name}']:.4f}" for name in measured if f"val_{name}" in metrics
+    ]
     parts += [] if measured else [f"ppl {math.exp(loss):.2f}"]
     prefix = "val_loss/"
     parts += [f"{name.removeprefix(prefix)} {value:.4f}" for name, value in metrics.items() if name.startswith(prefix)]

@@ -34,6 +34,8 @@ class Checkpoints(L.Callback):
         keep_every: checkpoints at multiples of this are kept for good; ``null`` = none.
         keep_best: keep the one with the lowest validation loss; saved after the validation when it is not yet there.
         async_save: copy the state to the host's memory and go on training while it is written; needs that memory.
+        validate_first: validate before the first step too, as step 0: what a run begins with, on the same data as what
+            it ends with. Nothing is saved then, and it is not the best.
 
     Attributes:
         resume_from: a verified checkpoint to begin with, or None.
@@ -48,6 +50,7 @@ class Checkpoints(L.Callback):
         keep_every: Duration | None = None,
         keep_best: bool = True,
         async_save: bool = False,
+        validate_first: bool = False,
     ) -> None:
         self.every = Duration.parse(every)
         self.keep_last = max(1, keep_last)
@@ -55,6 +58,7 @@ class Checkpoints(L.Callback):
         self.keep_best = keep_best
         self.resume_from: Path | None = None
         self.async_save = async_save
+        self.validate_first = validate_first
         self.save_seconds = 0.0
         self.stall_seconds = 0.0
         self.validated = Validated()
@@ -110,6 +114,8 @@ class Checkpoints(L.Callback):
             self._rng = None
         if self.resume_from is not None:
             self._validate_if_missed(trainer)
+        elif self.validate_first:
+            self._validate(trainer)
 
     def _validate_if_missed(self, trainer: L.Trainer) -> None:
         """A run killed between a checkpoint and the validation due at the same step catches up on it."""
@@ -146,7 +152,7 @@ class Checkpoints(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         loss = pl_module.validation_loss
-        if trainer.state.fn != "fit" or loss is None:
+        if trainer.state.fn != "fit" or loss is None or trainer.global_step == 0:
             return
         # One rank decides, as a decision to save is one to wait for the others.
         improved = on_first_rank(lambda: loss < self.validated.best_loss, "comparing validation losses failed")

@@ -27,6 +27,8 @@ class PackedShards(StepData):
     Args:
         train: shard prefix (path without ``.bin``) -> weight by tokens, on any positive scale.
         valid: name -> prefix of a validation set, used whole. ``null``: the validation part of each train shard.
+        valid_from: prefixes of shards whose validation part is used instead, also of ones that are not trained on: how
+            one domain's training changes the others. ``null`` = those of ``train``.
         seq_len: targets per row, T.
         micro_batch: rows that pass through the model at once.
         global_batch: rows per optimizer step over all data ranks.
@@ -51,10 +53,12 @@ class PackedShards(StepData):
         tokenizer: str | None = None,
         valid_batches: int = 16,
         vocab_size: int | None = None,
+        valid_from: list[str] | None = None,
     ) -> None:
         super().__init__(seq_len, micro_batch, global_batch, seed, tokenizer, valid_batches)
         self.train = dict(train)
         self.valid = None if valid is None else dict(valid)
+        self.valid_from = None if valid_from is None else list(valid_from)
         self.split = split
         self.document_mask = document_mask
         self._vocab_size = vocab_size
@@ -101,14 +105,18 @@ class PackedShards(StepData):
     def _size_problems(self) -> list[str]:
         problems = super()._size_problems() + self._weight_problems(self.train, "shard prefix")
         try:
-            parse_split(self.split)
+            shares = parse_split(self.split)
         except UserError as error:
-            problems += error.problems
+            return [*problems, *error.problems]
+        if self.valid_from is not None and self.valid is not None:
+            problems.append("data.valid_from: has no effect beside data.valid; leave one out")
+        if self.valid_from is not None and not shares[1]:
+            problems.append(f"data.valid_from: data.split {self.split} leaves no validation part")
         return problems
 
     def _open_shards(self) -> list[str]:
         problems: list[str] = []
-        for prefix in dict.fromkeys([*self.train, *(self.valid or {}).values()]):
+        for prefix in dict.fromkeys([*self.train, *(self.valid or {}).values(), *(self.valid_from or [])]):
             try:
                 shard = IndexedShard(prefix)
                 manifest = Manifest.read(prefix)
@@ -161,14 +169,17 @@ class PackedShards(StepData):
                 problems.extend(error.problems)
                 return None
 
-        train, valid = [], {}
-        short = Counter(Path(prefix).name for prefix in self.train)
-        for prefix in self.train:
-            parts = split_documents(self.split, self._shards[prefix].num_documents)
-            train.append(source(prefix, parts[0], f"{prefix} (train part of data.split {self.split})"))
-            if self.valid is None and parse_split(self.split)[1] > 0:
-                name = Path(prefix).name if short[Path(prefix).name] == 1 else prefix
-                valid[name] = source(prefix, parts[1], f"{prefix} (validation part of data.split {self.split})")
+        def part(prefix: str, number: int) -> tuple[int, int]:
+            return split_documents(self.split, self._shards[prefix].num_documents)[number]
+
+        what = f"part of data.split {self.split}"
+        train = [source(prefix, part(prefix, 0), f"{prefix} (train {what})") for prefix in self.train]
+        valid = {}
+        held_out = [] if self.valid is not None or not parse_split(self.split)[1] else self.valid_from or self.train
+        short = Counter(Path(prefix).name for prefix in held_out)
+        for prefix in held_out:
+            name = Path(prefix).name if short[Path(prefix).name] == 1 else prefix
+            valid[name] = source(prefix, part(prefix, 1), f"{prefix} (validation {what})")
         for name, prefix in (self.valid or {}).items():
             valid[name] = source(prefix, (0, self._shards[prefix].num_documents), f"{prefix} (data.valid {name})")
         self._raise(problems)

@@ -118,10 +118,15 @@ def report(words: list[str]) -> int:
         help="figures on the two axes: llm_jp_eval, mt_bench, TASK or TASK.FIGURE (default: llm_jp_eval mt_bench)",
     )
     args = parser.parse_args(words)
+    from llmrecipes.evaluate.report.gather import read_runs
+    from llmrecipes.evaluate.report.lifecycle import lifecycle
     from llmrecipes.evaluate.report.page import write_report
 
+    folders = [Path(name) for name in args.runs]
     reference = None if args.reference is None else Path(args.reference)
-    page = write_report([Path(name) for name in args.runs], Path(args.output), args.title, reference, args.axes)
+    page = write_report(folders, Path(args.output), args.title, reference, args.axes)
+    for table in lifecycle(read_runs(folders)):
+        print(f"{table}\n")
     print(f"report {page}")
     return 0
 

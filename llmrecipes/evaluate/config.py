@@ -53,6 +53,7 @@ class TaskConfig:
         few_shot_file: where the examples come from; the same as file: its first questions, which are then not asked.
         few_shots: examples before each question.
         limit: ask only the first so many; null = all.
+        held_out: of questions: only those that stand in no document (true), only those that do (false); null = all.
         max_new_tokens: longest answer; null = llm-jp-eval's output_length of the task, 32 for questions.
         instruction: other words than the kind's.
         cut: where an answer ends: "blank_line" (llm-jp-eval), "line", "none"; null = blank_line, for cloze line.
@@ -70,6 +71,7 @@ class TaskConfig:
     few_shot_file: str | None = None
     few_shots: int = 0
     limit: int | None = None
+    held_out: bool | None = None
     max_new_tokens: int | None = None
     instruction: str | None = None
     cut: Literal["blank_line", "line", "none"] | None = None
@@ -120,6 +122,8 @@ class TaskConfig:
             yield ("few_shot_file",), "few_shot_file: without few_shots it has no effect", "add few_shots: 4"
         if self.ask == "cloze" and self.kind != "questions":
             yield ("ask",), f"ask: cloze is for questions, not for {self.kind}", "write instruction or chat"
+        if self.held_out is not None and self.kind != "questions":
+            yield ("held_out",), f"held_out: {self.kind} does not tell", "leave it out"
         if self.few_shots and (self.way != "instruction" or self.kind in ("questions", "perplexity")):
             yield ("few_shots",), "few_shots: examples stand in llm-jp-eval's prompt only", "use ask: instruction"
         yield from self._problems_of_kind()

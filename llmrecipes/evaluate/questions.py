@@ -40,6 +40,7 @@ FORMS = {
     "jmmlu": "[A-D]",
     "mgsm_ja": r"-?[0-9]+(\.[0-9]+)?",
 }
+YES_NO = {True: "yes", False: "no"}
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def read_task(task: TaskConfig) -> Asked:
         examples = pool[: task.few_shots]
         if len(examples) < task.few_shots:
             raise UserError(f"{task.few_shot_file}: {len(examples)} examples, but few_shots is {task.few_shots}")
+    if task.held_out is not None:
+        found = [question for question in found if question.about.get("held_out") == YES_NO[task.held_out]]
     found = found[: task.limit]
     if not found:
         raise UserError(f"{task.file}: no question left to ask in task {task.title}")
@@ -172,7 +175,7 @@ def _mgsm(number: int, record: dict[str, Any]) -> Question:
 def _asked(number: int, record: dict[str, Any], text: str = "question") -> Question:
     about: dict[str, str] = {key: str(record[key]) for key in ("lang", "kind") if key in record}
     if "held_out" in record:
-        about["held_out"] = "yes" if record["held_out"] else "no"
+        about["held_out"] = YES_NO[bool(record["held_out"])]
     return Question(number, record[text], str(record["answer"]), about=about)
 
 

@@ -1,4 +1,4 @@
-"""Options of ``llmrecipes generate`` and ``llmrecipes perplexity``. Torch is imported when there is something to do."""
+"""Options of ``llmrecipes generate``, ``perplexity``, ``ensemble``. Torch is imported when there is something to do."""
 
 from __future__ import annotations
 
@@ -98,6 +98,49 @@ def perplexity(words: list[str]) -> int:
         parser.error(f"--max_documents {args.max_documents}: must be 1 or more")
     _threads()
     from llmrecipes.inference.perplexity_command import run
+
+    return _interruptible(run, args)
+
+
+def ensemble(words: list[str]) -> int:
+    """``llmrecipes ensemble MODEL MODEL ... --domains DIR``.
+
+    Raises:
+        UserError: see the messages of :mod:`llmrecipes.inference`.
+    """
+    parser = _Parser(
+        "ensemble",
+        "Several experts as one model (c-BTM): each token's probability is the weighted sum of theirs, by how near\n"
+        "the text before it is to each one's domain. Texts (--text, --input) are scored; prompts are continued.",
+        "llmrecipes ensemble runs/cbtm_0 runs/cbtm_1 --domains data/domains --input valid.jsonl\n"
+        "llmrecipes ensemble runs/cbtm_0 runs/cbtm_1 --domains data/domains --prompt '日本の'\n",
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help=f"one for each domain, in their order: {MODEL}")
+    add("--domains", required=True, metavar="DIR", help="folder that `llmrecipes data domains` wrote")
+    add("--distance_temperature", type=float, default=0.1, metavar="T", help="of softmax(-d^2 / T) (default: 0.1)")
+    add("--top_experts", type=int, metavar="K", help="only the K nearest (default: all)")
+    add("--text", action="append", default=[], metavar="TEXT", help="a text to score; repeat it for more")
+    add("--input", action="append", default=[], metavar="FILE", help="texts to score, as llmrecipes perplexity reads")
+    add("--field", default="text", help="name of the text in a JSON line (default: text)")
+    add("--max_documents", type=int, metavar="N", help="at most N texts of each input")
+    add("--window", type=int, metavar="N", help="tokens read at once (default: as in training, at most 1024)")
+    add("--stride", type=int, metavar="N", help="tokens scored by each later window (default: half a window)")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt to continue; repeat it for more")
+    add("--max_new_tokens", type=int, default=128, metavar="N", help="default: 128")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (default)")
+    add("--seed", type=int, default=0, metavar="N", help="prompt number i draws with seed N + i (default: 0)")
+    add("--json", action="store_true", help="one JSON object")
+    _common(parser)
+    args = parser.parse_args(words)
+    if bool(args.prompt) == bool(args.text or args.input):
+        parser.error("texts to score (--text, --input), or prompts to continue (--prompt)")
+    if args.max_documents is not None and args.max_documents < 1:
+        parser.error(f"--max_documents {args.max_documents}: must be 1 or more")
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        parser.error("--max_new_tokens is 1 or more, --temperature 0 or more")
+    _threads()
+    from llmrecipes.inference.ensemble_command import run
 
     return _interruptible(run, args)
 

@@ -43,13 +43,16 @@ def _forward(
     vocab_size: int,
     want_grad: bool,
     want_weight: bool = False,
+    block_rows: int | None = None,
 ) -> tuple[Tensor, Any]:
     """Loss sum and, if wanted, the gradients of ``hidden`` (its type) and ``weight`` (fp32, fp64 for fp64)."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     chunk_size = max(1, min(chunk_size, rows))
-    block = max(1, min(chunk_size, BLOCK_ELEMENTS // vocab)) if hidden.device.type == "cpu" else chunk_size
+    if block_rows is None:
+        block_rows = BLOCK_ELEMENTS // vocab if hidden.device.type == "cpu" else chunk_size
+    block = max(1, min(chunk_size, block_rows))
     buffer = hidden.new_empty(chunk_size, vocab)
     scratch = hidden.new_empty(block, vocab_size, dtype=wide)
     grads = None
@@ -78,10 +81,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, vocab_size: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_size: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        block_rows: int | None,
     ) -> Tensor:
+        want_weight = ctx.needs_input_grad[1]
         loss, grads = _forward(
-            hidden.to(dtype), weight.to(dtype), labels, chunk_size, vocab_size, True, ctx.needs_input_grad[1]
+            hidden.to(dtype), weight.to(dtype), labels, chunk_size, vocab_size, True, want_weight, block_rows
         )
         of_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
         ctx.save_for_backward(grads.hidden.to(hidden.dtype), of_weight)
@@ -92,11 +103,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         of_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         of_weight = None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype)
-        return of_hidden, of_weight, None, None, None, None
+        return of_hidden, of_weight, None, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 1024, vocab_size: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int = 1024,
+    vocab_size: int | None = None,
+    block_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropy of ``hidden @ weight.T`` against ``labels``, and the number of labels that count.
 
@@ -104,6 +120,7 @@ def linear_cross_entropy(
         hidden: [N, D]. weight: [V, D]. labels: [N], -100 = does not count.
         chunk_size: rows whose logits exist at one time.
         vocab_size: rows of ``weight`` that are ids, the others only pad it; None = all.
+        block_rows: rows of a chunk whose softmax exists at one time; None = what a CPU's cache holds, elsewhere all.
 
     Returns:
         loss sum (scalar, fp32 or wider) and count (scalar int64, no gradient). Divide by the count of the whole step.
@@ -119,7 +136,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, vocab_size, dtype), count
+            return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, vocab_size, dtype, block_rows), count
         wide = hidden.detach().to(dtype), weight.detach().to(dtype)
         loss, _ = _forward(*wide, labels, chunk_size, vocab_size, want_grad=False)
         return loss, count

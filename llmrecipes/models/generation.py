@@ -38,7 +38,7 @@ class _Batch:
     ) -> None:
         self.model, self.device = model, device
         self.numbers = list(prompts)
-        self.texts = list(prompts.values())
+        self.texts = [list(text) for text in prompts.values()]
         longest = max(map(len, self.texts))
         padding = [longest - len(text) for text in self.texts]
         self.step = torch.tensor([[0] * n + text for n, text in zip(padding, self.texts, strict=True)], device=device)
@@ -51,7 +51,7 @@ class _Batch:
             dtype = _compute_dtype(model, device)
             self.cache = KVCache(model.config, len(self.texts), longest + room, dtype, device, ragged)
 
-    def logits(self) -> Tensor:
+    def logits(self, vocab_size: int | None) -> Tensor:
         """Scores of every text's next token, [texts, vocab]."""
         if self.cache is not None:
             hidden = self.model(self.step, cache=self.cache, token_mask=self.mask).hidden[:, -1]
@@ -59,7 +59,7 @@ class _Batch:
         else:
             rows = [torch.tensor([text], device=self.device) for text in self.texts]
             hidden = torch.cat([self.model(row, dropless=True).hidden[:, -1] for row in rows])
-        return self.model.logits(hidden)
+        return self.model.logits(hidden)[:, :vocab_size]
 
     def seen(self, vocab: int, device: torch.device) -> Tensor:
         """True for the tokens that each text holds, [texts, vocab]."""
@@ -87,6 +87,42 @@ class _Batch:
             self.cache.keep(index)
 
 
+# Weights of several models after each text so far: [texts, models].
+Weigh = Callable[[list[list[int]]], Tensor]
+
+
+class _Mixture:
+    """Several models that write the same texts: each token from the weighted sum of their probabilities."""
+
+    def __init__(self, batches: list[_Batch], weigh: Weigh) -> None:
+        self.batches, self.weigh = batches, weigh
+
+    @property
+    def numbers(self) -> list[int]:
+        return self.batches[0].numbers
+
+    @property
+    def texts(self) -> list[list[int]]:
+        return self.batches[0].texts
+
+    def logits(self, vocab_size: int | None) -> Tensor:
+        """Log-probabilities of every text's next token, [texts, vocab]."""
+        alone = torch.stack([batch.logits(vocab_size).double().log_softmax(-1) for batch in self.batches])
+        weights = self.weigh(self.texts).to(alone)
+        return torch.logsumexp(alone + weights.t().log()[..., None], dim=0).float()
+
+    def seen(self, vocab: int, device: torch.device) -> Tensor:
+        return self.batches[0].seen(vocab, device)
+
+    def append(self, tokens: list[int]) -> None:
+        for batch in self.batches:
+            batch.append(tokens)
+
+    def drop(self, finished: set[int]) -> None:
+        for batch in self.batches:
+            batch.drop(finished)
+
+
 def _compute_dtype(model: Decoder, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
@@ -94,10 +130,10 @@ def _compute_dtype(model: Decoder, device: torch.device) -> torch.dtype:
 
 
 def _next_tokens(
-    batch: _Batch, sampling: Sampling, generators: Sequence[torch.Generator] | None, vocab_size: int | None
+    batch: _Batch | _Mixture, sampling: Sampling, generators: Sequence[torch.Generator] | None, vocab_size: int | None
 ) -> list[int]:
     """One token for each text of the batch."""
-    logits = batch.logits()[:, :vocab_size]
+    logits = batch.logits(vocab_size)
     if generators:
         logits = logits.to(generators[0].device)
     seen = batch.seen(logits.shape[-1], logits.device) if sampling.repetition_penalty != 1.0 else None
@@ -119,6 +155,8 @@ def generate_batch(
     listener: Callable[[int, int], bool] | None = None,
     use_cache: bool = True,
     device: torch.device | None = None,
+    others: Sequence[Decoder] = (),
+    weigh: Weigh | None = None,
 ) -> list[Continuation]:
     """Continue every prompt (at least one id each) by up to ``max_new_tokens`` ids, all side by side.
 
@@ -136,7 +174,10 @@ def generate_batch(
         listener: called with the prompt's number and its new token; True ends that text.
         use_cache: keep keys and values of earlier tokens; without it every step reads the whole text again.
         device: that computes; None = where the embedding is (offloaded weights are elsewhere).
+        others: models that write along, of the same vocabulary: each token comes from the weighted sum of all
+            probabilities. weigh: their weights, given the texts so far; the first is that of ``model``.
     """
+    assert (weigh is None) == (not others), "several models need weights, one needs none"
     assert all(len(prompt) for prompt in prompts), "generation starts from at least one token"
     limit = model.config.longest_text
     results = [Continuation() for _ in prompts]
@@ -148,10 +189,13 @@ def generate_batch(
             todo[number] = list(prompt)
     if not todo:
         return results
-    was_training = model.training
-    model.eval()
+    were_training = [one.training for one in (model, *others)]
     try:
-        batch = _Batch(model, todo, max_new_tokens, use_cache, device or model.embed.weight.device)
+        batches = [
+            _Batch(one.eval(), todo, max_new_tokens, use_cache, device or model.embed.weight.device)
+            for one in (model, *others)
+        ]
+        batch = batches[0] if weigh is None else _Mixture(batches, weigh)
         for _ in range(max_new_tokens):
             tokens = _next_tokens(batch, sampling, generators, vocab_size)
             batch.append(tokens)
@@ -166,7 +210,8 @@ def generate_batch(
             if not batch.numbers:
                 break
     finally:
-        model.train(was_training)
+        for one, was_training in zip((model, *others), were_training, strict=True):
+            one.train(was_training)
     return results
 
 

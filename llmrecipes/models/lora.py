@@ -5,6 +5,10 @@ A fused map has an adapter for each of its parts: that is what PEFT computes on 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +25,7 @@ from llmrecipes.models.low_rank import (
     scatter_rows,
     sort_pairs,
     update_rows,
+    updates,
 )
 from llmrecipes.models.router import Router, Routing
 from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
@@ -57,7 +62,10 @@ class Routes:
 
 
 class Adapter(nn.Module):
-    """``scale * B A drop(x)``: A [r, in] is drawn, B [out, r] begins at zero, so that the update begins as nothing."""
+    """``scale * B A drop(x)``: A [r, in] is drawn, B [out, r] begins at zero, so that the update begins as nothing.
+
+    Holds the matrices; `AdaptedLinear` adds the updates of all its parts to its output.
+    """
 
     def __init__(self, d_in: int, d_out: int, lora: LoraConfig) -> None:
         super().__init__()
@@ -65,11 +73,6 @@ class Adapter(nn.Module):
         self.a = nn.Parameter(torch.empty(lora.rank, d_in))
         self.b = nn.Parameter(torch.zeros(d_out, lora.rank))
         nn.init.uniform_(self.a, -(d_in**-0.5), d_in**-0.5)
-
-    def forward(self, x: Tensor, routes: Routes) -> Tensor:  # noqa: ARG002 - as RoutedAdapters
-        """The update of ``x`` [..., in], [..., out]."""
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return F.linear(F.linear(x, self.a), self.b) * self.scale
 
 
 class AdapterStack(nn.Module):
@@ -125,6 +128,10 @@ class AdaptedLinear(nn.Linear):
         super().__init__(d_in, sum(parts.values()), bias=bias)
         assert config.lora is not None
         self.parts = parts
+        ends = dict(zip(parts, itertools.accumulate(parts.values()), strict=True))
+        self.columns = [slice(ends[name] - parts[name], ends[name]) for name in parts if name in adapted]
+        self.plain = config.lora.experts is None
+        self.switched_on = True
         self.lora = nn.ModuleDict()
         for name in adapted:
             if config.lora.experts is None:
@@ -135,14 +142,42 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:  # type: ignore[override]
         """Map ``x`` [..., in] to [..., out]."""
-        routes = routes or Routes()
-        out = super().forward(x)
-        updates = {name: module(x, routes) for name, module in self.lora.items()}
+        if not self.switched_on:
+            return super().forward(x)
+        if self.plain:
+            return self._adapted(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        routes, out = routes or Routes(), super().forward(x)
+        found = {name: module(x, routes) for name, module in self.lora.items()}
         if len(self.parts) == 1:
-            (update,) = updates.values()
+            (update,) = found.values()
             return out + update
         pieces = zip(self.parts, out.split(list(self.parts.values()), dim=-1), strict=True)
-        return torch.cat([piece + updates[name] if name in updates else piece for name, piece in pieces], dim=-1)
+        return torch.cat([piece + found[name] if name in found else piece for name, piece in pieces], dim=-1)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """Map ``x`` [T, in] to [T, out]."""
+        adapters: list[Adapter] = list(self.lora.values())  # type: ignore[arg-type]
+        first = adapters[0]
+        if first.dropout and self.training:
+            hidden = [F.linear(F.dropout(x, first.dropout), adapter.a) for adapter in adapters]
+        else:  # one product for all parts
+            together = F.linear(x, torch.cat([adapter.a for adapter in adapters]))
+            hidden = list(together.split(len(first.a), dim=-1))
+        b = [adapter.b.to(hidden[0].dtype) for adapter in adapters]
+        return super().forward(x) + updates(self.out_features, self.columns, first.scale, hidden, b)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model beneath its adapters, for as long as it lasts."""
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    for module in adapted:
+        module.switched_on = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.switched_on = True
 
 
 def make_linear(config: ModelConfig, layer: int | None, d_in: int, parts: dict[str, int], bias: bool) -> nn.Linear:

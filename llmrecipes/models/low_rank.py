@@ -20,6 +20,39 @@ from llmrecipes.models.dispatch import block_rows, can_group, make_plan
 Form = Literal["grouped", "concatenated"]
 
 
+class _Updates(torch.autograd.Function):
+    """See `updates`; nothing of the size of the result is made beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, width: int, columns: list[slice], scale: float, *operands: Tensor) -> Tensor:
+        hidden, b = operands[: len(columns)], operands[len(columns) :]
+        ctx.scale, ctx.columns = scale, columns
+        ctx.save_for_backward(*operands)
+        covered = sum(part.stop - part.start for part in columns) == width
+        out = (hidden[0].new_empty if covered else hidden[0].new_zeros)(len(hidden[0]), width)
+        for part, h, matrix in zip(columns, hidden, b, strict=True):
+            torch.mm(h * scale, matrix.t(), out=out[:, part])  # the scale goes to what is r wide
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        operands = ctx.saved_tensors  # asked for once: a recomputed block gives them once
+        hidden, b = operands[: len(ctx.columns)], operands[len(ctx.columns) :]
+        parts = [grad[:, part] for part in ctx.columns]
+        to_hidden = [(part @ matrix).mul_(ctx.scale) for part, matrix in zip(parts, b, strict=True)]
+        to_b = [part.t() @ (h * ctx.scale) for part, h in zip(parts, hidden, strict=True)]
+        return None, None, None, *to_hidden, *to_b
+
+
+def updates(width: int, columns: list[slice], scale: float, hidden: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Low-rank updates of some columns of a map with ``width`` of them, side by side: [T, width], zero elsewhere.
+
+    Args:
+        columns: of each update. hidden: ``A_i x``, [T, r]. b: [columns of i, r].
+    """
+    return _Updates.apply(width, columns, scale, *hidden, *b)
+
+
 class Pairs(NamedTuple):
     """Token-adapter pairs sorted by adapter; pairs with the null expert have no row.
 

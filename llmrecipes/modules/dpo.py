@@ -12,19 +12,22 @@ from llmrecipes.data.preference_data import PreferenceBatch, PreferencePairs
 from llmrecipes.errors import UserError
 from llmrecipes.losses import Answers, PreferenceLoss, label_log_probs, preference_loss
 from llmrecipes.models import ModelConfig
+from llmrecipes.models.lora import adapters_off, is_adapter
 from llmrecipes.modules.loss_terms import LossTerm
 from llmrecipes.modules.pretrain import PretrainModule
 from llmrecipes.modules.reference import reference_log_probs
 from llmrecipes.optim import AdamW, Schedule
 
-Reference = Literal["precomputed", "copy"]
+Reference = Literal["precomputed", "copy", "lora_off"]
 
 
 class PreferenceModule(PretrainModule):
     """Trains a decoder on pairs of answers; both answers of all pairs of a micro-batch are one packed forward pass.
 
     Logged beside the loss: ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` (means) and
-    ``rewards/accuracies`` (share of pairs whose chosen answer has the higher reward).
+    ``rewards/accuracies`` (share of pairs whose chosen answer has the higher reward): what changed against the
+    reference, so all begin at 0. What the model itself thinks: ``logps/chosen``, ``logps/rejected`` (means of the
+    answers' log-probabilities) and ``logps/preferred`` (share of pairs whose chosen answer is the likelier one).
 
     Args:
         config: the decoder's sizes.
@@ -35,7 +38,8 @@ class PreferenceModule(PretrainModule):
         beta: how closely to stay with the reference; weight of the odds ratio for ``orpo``.
         label_smoothing: share of pairs taken to be labelled the wrong way round.
         reference: ``precomputed`` runs the reference once over all pairs before the first step and forgets it;
-            ``copy`` keeps it in memory and runs it at every step.
+            ``copy`` keeps it in memory and runs it at every step; ``lora_off`` runs the trained model with its adapters
+            switched off: no second model, nothing worked out beforehand (``config.lora``, adapters that are new).
         clip_norm: largest global gradient norm; ``null`` measures without clipping.
         expected_params: refuse to start when the model has another number of parameters.
         loss_chunk: rows of the logits that exist at a time.
@@ -45,7 +49,15 @@ class PreferenceModule(PretrainModule):
         seed: of dropout; linked to the recipe's ``seed``.
     """
 
-    measured = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    measured = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "logps/preferred",
+    )
 
     def __init__(
         self,
@@ -84,6 +96,9 @@ class PreferenceModule(PretrainModule):
             raise UserError(f"model.label_smoothing: {label_smoothing} is not in [0, 0.5)")
         if label_smoothing and loss not in ("sigmoid", "sigmoid_norm"):
             raise UserError(f"model.label_smoothing: has no effect with loss {loss}; leave it out")
+        if reference == "lora_off":
+            _only_adapters(config, trainable, frozen)
+            self.trainable = trainable or ["lora"]
         self.loss_kind: PreferenceLoss = loss
         self.beta = beta
         self.label_smoothing = label_smoothing
@@ -95,8 +110,26 @@ class PreferenceModule(PretrainModule):
     def configure_model(self) -> None:
         fresh = not hasattr(self, "model")
         super().configure_model()
-        if fresh and self.loss_kind != "orpo" and self.trainer.state.fn is not None:
+        needs_model = self.loss_kind != "orpo" and self.reference != "lora_off"
+        if fresh and needs_model and self.trainer.state.fn is not None:
             self._reference_model = [self.make_reference()]
+
+    def fill_initial(self, model: Any) -> None:
+        """As every stage; adapters that are to be switched off must begin as nothing, else the reference is another.
+
+        Raises:
+            UserError: `init_from` has trained adapters.
+        """
+        super().fill_initial(model)
+        if self.reference == "lora_off" and self.loss_kind != "orpo":
+            trained = [name for name, tensor in model.named_parameters() if is_adapter(name) and name.endswith(".b")
+                       and _any(tensor)]  # fmt: skip
+            if trained:
+                raise UserError(
+                    f"model.reference: lora_off, but {self.init_from} has trained adapters ({trained[0]} and others): "
+                    "without them the reference would be another model; fold them first (llmrecipes merge fold), or "
+                    "use reference: precomputed"
+                )
 
     def make_reference(self) -> nn.Module:
         """A frozen model with the weights that training begins with."""
@@ -138,39 +171,54 @@ class PreferenceModule(PretrainModule):
 
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         assert isinstance(batch, PreferenceBatch)
+        reference = self._reference(batch)  # before the policy's forward pass: it may be of the same weights
         output = self._forward(batch)
         sums = self._label_sums(self.model, output.hidden, batch)
         policy = self._answers(sums)
+        reference = None if reference is None else Answers(*(scores.to(sums.dtype) for scores in reference))
         lengths = self._answers(torch.tensor(batch.answer_lengths, device=self.device))
-        losses, rewards = preference_loss(
-            policy, self._reference(batch, sums.dtype), lengths, self.loss_kind, self.beta, self.label_smoothing
-        )
+        losses, rewards = preference_loss(policy, reference, lengths, self.loss_kind, self.beta, self.label_smoothing)
         margins = rewards.chosen - rewards.rejected
         terms = {"loss": LossTerm(losses.sum(), "pairs")}
-        measured = {
-            "chosen": rewards.chosen,
-            "rejected": rewards.rejected,
-            "margins": margins,
-            "accuracies": (margins > 0).to(margins.dtype),
-        }
-        terms |= {f"rewards/{name}": LossTerm(measured[name].sum(), "pairs", 0.0) for name in measured}
+        values = (
+            rewards.chosen,
+            rewards.rejected,
+            margins,
+            (margins > 0).to(margins.dtype),
+            policy.chosen.detach(),
+            policy.rejected.detach(),
+            (policy.chosen > policy.rejected).to(margins.dtype),
+        )
+        terms |= {name: LossTerm(value.sum(), "pairs", 0.0) for name, value in zip(self.measured, values, strict=True)}
         if output.routing and self.training:
             terms |= self._router_terms(output.routing)
         return terms
 
-    def _reference(self, batch: PreferenceBatch, dtype: torch.dtype) -> Answers | None:
+    def _reference(self, batch: PreferenceBatch) -> Answers | None:
         if self.loss_kind == "orpo":
             return None
         if self._reference_scores is not None:
             numbers = torch.tensor(batch.pair_numbers, dtype=torch.int64, device=self.device)
-            scores = self._reference_scores.index_select(0, numbers).to(dtype)
+            scores = self._reference_scores.index_select(0, numbers)
             return Answers(scores[:, 0], scores[:, 1])
+        if self.reference == "lora_off":
+            return self._answers(self._sums_without_adapters(batch))
         return self._answers(self._sums(self._reference_model[0], batch))
 
     @torch.no_grad()
     def _sums(self, model: nn.Module, batch: PreferenceBatch) -> Tensor:
         """Log-probability of every answer of the batch by ``model``: chosen, rejected, chosen, ..."""
         return self._label_sums(model, self.run_model(model, batch).hidden, batch)
+
+    def _sums_without_adapters(self, batch: PreferenceBatch) -> Tensor:
+        training = self.model.training
+        try:
+            with adapters_off(self.model.eval()):
+                return self._sums(self.model, batch)
+        finally:
+            self.model.train(training)
+            # Weights that autocast cast here were cast without a graph and must not be found by the policy's forward.
+            torch.clear_autocast_cache()
 
     def _label_sums(self, model: Any, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         labels = batch.labels.flatten()
@@ -190,3 +238,21 @@ class PreferenceModule(PretrainModule):
     @staticmethod
     def _answers(both: Tensor) -> Answers:
         return Answers(both[0::2], both[1::2])
+
+
+def _only_adapters(config: ModelConfig, trainable: list[str] | None, frozen: list[str] | None) -> None:
+    """The weights beneath the adapters are the reference: they must stay.
+
+    Raises:
+        UserError: there are no adapters of one's own, or other weights are trained.
+    """
+    if config.lora is None or config.lora.experts is not None:
+        raise UserError("model.reference: lora_off needs config.lora without experts: adapters that this run trains")
+    if trainable not in (None, ["lora"]) or frozen:
+        raise UserError("model.reference: lora_off trains the adapters alone; leave out trainable and frozen")
+
+
+def _any(tensor: Tensor) -> bool:
+    """Whether a parameter, whole or sharded, holds anything but zeros. Collective where it is sharded."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return bool(whole.any())

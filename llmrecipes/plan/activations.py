@@ -8,6 +8,7 @@ are therefore those of the training itself.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,6 +101,7 @@ def _measure(config: ModelConfig, step: Step) -> int:
         recompute_blocks(model, step.recompute)
         tokens = torch.zeros(step.rows, step.length, dtype=torch.int64)
         live = LiveBytes(config, step)
+        live.leave_out([tokens, *model.parameters(), *model.buffers()])
         with live:
             if step.accumulates:
                 for parameter in model.parameters():
@@ -136,25 +138,13 @@ def _run(model: Decoder, tokens: Tensor, config: ModelConfig, step: Step) -> Non
         if step.preference:
             loss = label_log_probs(hidden, model.head_weight, labels, step.loss_chunk, config.vocab_size).sum()
         else:
-            loss, _ = linear_cross_entropy(hidden, model.head_weight, labels, step.loss_chunk, config.vocab_size)
-            if step.on_gpu:
-                _whole_chunk_softmax(hidden, config, step)
+            block = step.loss_chunk if step.on_gpu else None  # fake tensors say that they are on a CPU
+            weight = model.head_weight
+            loss, _ = linear_cross_entropy(hidden, weight, labels, step.loss_chunk, config.vocab_size, block)
         parts = [loss.float(), *(routing.prob_sum.sum() + routing.z_sum for routing in output.routing)]
         total = torch.stack(parts).sum()
     del output, hidden
     total.backward()
-
-
-def _whole_chunk_softmax(hidden: Tensor, config: ModelConfig, step: Step) -> None:
-    """What the loss holds at one time on a GPU: logits of a chunk, and their softmax in fp32.
-
-    Run on fake CPU tensors the loss takes a block of rows that fits a CPU's cache instead.
-    """
-    rows = min(step.loss_chunk, len(hidden))
-    logits = hidden.new_empty(rows, config.vocab_rows, dtype=step.half or torch.float32)
-    scratch = hidden.new_empty(rows, config.vocab_size, dtype=torch.float32)
-    wide = scratch if logits.dtype == torch.float32 else torch.empty_like(scratch)
-    del logits, scratch, wide
 
 
 class LiveBytes(TorchDispatchMode):
@@ -169,6 +159,10 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: set[int] = set()
         self._config, self._step = config, step
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Not to be counted: what was there before. A view of it would otherwise pass for something new."""
+        self._seen.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

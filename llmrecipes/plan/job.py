@@ -15,6 +15,8 @@ from llmrecipes.recipe.rules.model import build_config
 
 _STRATEGY = ("trainer", "strategy", "init_args")
 _GPUS_PER_NODE = 8
+# What stages train unless the recipe says otherwise.
+_TRAINED = {"LoraExpertModule": "lora", "RouterModule": "gate"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def read_job(paths: Sequence[Path], overrides: Sequence[str] = (), gpus: GPUs | 
         preference=kind.endswith("PreferenceModule"),
         reference=reference,
         save_every=facts.steps("checkpoint", "every"),
-        trainable=tuple(facts.get(*MODEL, "trainable") or ("all",)),
+        trainable=tuple(facts.get(*MODEL, "trainable") or (_TRAINED.get(kind.rpartition(".")[2], "all"),)),
         frozen=tuple(facts.get(*MODEL, "frozen") or ()),
     )
     _check(job)

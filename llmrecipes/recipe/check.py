@@ -21,6 +21,7 @@ Checks each recipe and prints every mistake as file:line. Starts nothing; needs 
   --config FILE     merged over each recipe, as `fit --config RECIPE --config FILE` does
   --any.key value   overrides, as on the command line of fit
   --without_files   does not look for shards and tokenizers (they are on another machine)
+  --run_folder      prints the run folder of a recipe that is right, and nothing else
 Exit code: 0 no mistake, 2 mistakes."""
 
 
@@ -71,7 +72,7 @@ def check_arguments(words: Sequence[str]) -> Recipe:
     Raises:
         UserError: with every problem.
     """
-    recipes, configs, overrides, files = _arguments(words)
+    recipes, configs, overrides, files, _ = _arguments(words)
     if recipes is None or not configs:
         raise UserError("no recipe: write --config RECIPE.yaml")
     if recipes:
@@ -115,7 +116,7 @@ def _position(problem: Problem) -> tuple[bool, str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0 or 2. Problems go to stderr, one line each, then a summary."""
-    recipes, more, overrides, files = _arguments(sys.argv[1:] if argv is None else argv)
+    recipes, more, overrides, files, folder_only = _arguments(sys.argv[1:] if argv is None else argv)
     if recipes is None:
         print(USAGE)
         return 0
@@ -124,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not recipes:
         print(f"{USAGE}\n\nllmrecipes check: name at least one recipe", file=sys.stderr)
         return 2
+    if folder_only:
+        print(run_folder(checked_recipe([*recipes, *more], overrides, files=files), [*recipes, *more][0]))
+        return 0
     problems: list[Problem] = []
     sources = Sources()
     for recipe in recipes:
@@ -136,19 +140,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2 if problems else 0
 
 
-def _arguments(argv: Sequence[str]) -> tuple[list[Path] | None, list[Path], list[str], bool]:
-    """Recipes (None: help was asked for), files merged over them, overrides, whether to look at files."""
+def run_folder(recipe: Recipe, first: Path) -> Path:
+    """Where ``fit`` trains: ``RUN_ROOT/<name>``; without a name that of the first file."""
+    return Path(str(recipe.data.get("run_root") or "runs")) / str(recipe.data.get("name") or first.stem)
+
+
+def _arguments(argv: Sequence[str]) -> tuple[list[Path] | None, list[Path], list[str], bool, bool]:
+    """Recipes (None: help was asked for), files merged over them, overrides, whether to look at files, --run_folder."""
     recipes: list[Path] = []
     more: list[Path] = []
     overrides: list[str] = []
-    files = True
+    files, folder_only = True, False
     rest = list(argv)
     while rest:
         token = rest.pop(0)
         if token in ("-h", "--help"):
-            return None, [], [], True
+            return None, [], [], True, False
         if token == "--without_files":
             files = False
+        elif token == "--run_folder":
+            folder_only = True
         elif not token.startswith("--"):
             recipes.append(Path(token))
         elif token.partition("=")[0] == "--config":
@@ -157,4 +168,4 @@ def _arguments(argv: Sequence[str]) -> tuple[list[Path] | None, list[Path], list
             overrides.append(token)
             if "=" not in token and rest and not rest[0].startswith("--"):
                 overrides.append(rest.pop(0))
-    return recipes, more, overrides, files
+    return recipes, more, overrides, files, folder_only

@@ -22,7 +22,7 @@ from llmrecipes.process import StopSignals, rank_name
 from llmrecipes.recipe.fingerprint import ROUNDING
 from llmrecipes.run.allocator import keep_freed_memory
 from llmrecipes.run.environment import common_facts, record_launch
-from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done
+from llmrecipes.run.folder import Resume, decide_resume, lock, mark_done, mark_stopped
 from llmrecipes.run.launch import Decision, Launch, NothingToDo
 from llmrecipes.run.log import start_log
 from llmrecipes.run.lr_changes import FLOOR_REACHED, RatePlan, plan_rate
@@ -32,7 +32,7 @@ from llmrecipes.run.wandb_run import FILE as WANDB_ID
 log = logging.getLogger("llmrecipes")
 
 # Settings that may differ between launches of one run: they change how it is computed or watched, not what is computed.
-FREE_DATA_KEYS = ("micro_batch", "tokenizer", "valid", "valid_batches", "train", "vocab_size")
+FREE_DATA_KEYS = ("micro_batch", "tokenizer", "valid", "valid_from", "valid_batches", "train", "vocab_size")
 
 
 def run(subcommand: str, args: list[str], signals: StopSignals | None = None) -> int:
@@ -91,7 +91,10 @@ def _fit(cli: RecipeCLI, folder: Path, owned: ExitStack) -> int:
         if launch.decision.validate:
             _validate_last(cli, folder)
         return 0
-    if cli.callback(GracefulStop).stopped:
+    why = cli.callback(GracefulStop).stopped
+    if why is not None:
+        if cli.trainer.is_global_zero:
+            mark_stopped(folder, cli.trainer.global_step, why)
         return EXIT_RESUMABLE
     if cli.trainer.is_global_zero:
         mark_done(folder, cli.trainer.global_step)
@@ -107,6 +110,7 @@ def _decide(cli: RecipeCLI, folder: Path, owned: ExitStack) -> Decision:
     recorded = trajectory(cli)
     resume = decide_resume(folder, cli.settings["resume"], recorded, cli.settings["resume_lr"])
     record_launch(folder, cli.resolved_recipe)
+    (folder / "STOPPED").unlink(missing_ok=True)
     if cli.wandb_id is not None:
         (folder / WANDB_ID).write_text(cli.wandb_id + "\n", encoding="utf-8")
     if resume is None:

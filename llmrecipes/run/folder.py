@@ -124,6 +124,7 @@ def _step_aside(folder: Path) -> None:
             "routing.json",
             "routing.png",
             "DONE",
+            "STOPPED",
             "wandb_id",
         )
         if (folder / name).exists()
@@ -141,3 +142,13 @@ def _step_aside(folder: Path) -> None:
 def mark_done(folder: Path, step: int) -> None:
     """The run is finished: a chain of jobs may end."""
     (folder / "DONE").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+
+
+def mark_stopped(folder: Path, step: int, why: str) -> None:
+    """The run was stopped on request after this step: a job may go on with it, unless a person wanted it stopped.
+
+    Args:
+        folder: of the run. step: that was done last.
+        why: a signal's name, ``time_limit`` or ``file``.
+    """
+    (folder / "STOPPED").write_text(json.dumps({"step": step, "why": why}) + "\n", encoding="utf-8")

@@ -111,6 +111,24 @@ def test_named_validation_sets(two, make_shard):
     assert ranked(module(two, split="1"), 0, 1).val_dataloader() == []
 
 
+def test_domains_that_are_not_trained_on_are_validated_on(two):
+    """On the very windows that a run of all domains holds out, and its steps are those of the one domain alone."""
+    ja, en = two
+    everything, alone = ranked(module(two), 0, 1), ranked(module({ja: 1.0}), 0, 1)
+    data = ranked(module({ja: 1.0}, valid_from=[ja, en]), 0, 1)
+    assert data.valid_names == everything.valid_names == ["ja", "en"] and alone.valid_names == ["ja"]
+    for mine, theirs in zip(data.val_dataloader(), everything.val_dataloader(), strict=True):
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(mine, theirs, strict=True)) and len(mine) > 2
+    assert torch.equal(data.step_batch(3).tokens, alone.step_batch(3).tokens)
+    assert data.fingerprint() == alone.fingerprint()
+    with pytest.raises(UserError, match=r"valid_from: has no effect beside data\.valid"):
+        module({ja: 1.0}, valid_from=[en], valid={"en": en}).setup("fit")
+    with pytest.raises(UserError, match="leaves no validation part"):
+        module({ja: 1.0}, valid_from=[en], split="1").setup("fit")
+    with pytest.raises(UserError, match="nowhere"):
+        module({ja: 1.0}, valid_from=["nowhere"]).setup("fit")
+
+
 def test_facts(two):
     data = ranked(module(two), 0, 1)
     assert (data.tokens_per_step, data.vocab_size, data.eos_id) == (128, 1000, 2)

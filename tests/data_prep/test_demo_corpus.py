@@ -74,6 +74,19 @@ def test_world_has_unique_names_and_agreeing_neighbours():
         assert all(person.born + person.began <= 2020 for person in world.people)
 
 
+def test_a_smaller_world_has_fewer_facts_to_learn(tmp_path):
+    demo(str(tmp_path / "small"), documents=100, width=3, depth=2)
+    small, usual = make_world(0, 3, 2), make_world(0)
+    assert (len(small.towns), len(small.people), len({town.river for town in small.towns})) == (6, 24, 3)
+    assert [small.neighbour(small.towns[2], dx, dy) for dx, dy in ((1, 0), (0, 1))] == [None, small.towns[5]]
+    assert small.neighbour(small.towns[3], 0, 1) is None and len(questions(small, 0)) < len(questions(usual, 0)) / 2
+    asked = records(tmp_path / "small", "questions")
+    assert len(asked) == len(questions(small, 0))
+    for width, depth in ((1, 4), (13, 2), (8, 40)):
+        with pytest.raises(UserError, match=f"--width {width} --depth {depth}"):
+            demo(str(tmp_path / "none"), documents=100, width=width, depth=depth)
+
+
 def test_every_fact_sentence_is_true_in_both_languages():
     """Every form of every fact names its subject and its answer."""
     world = make_world(3)

@@ -107,6 +107,12 @@ def test_mistakes_are_all_named(tmp_path, capsys):
     bad = write(tmp_path / "bad.jsonl", [{"question": "q"}])
     with pytest.raises(UserError, match=r"bad\.jsonl:1: .*no field 'answer'"):
         read_task(TaskConfig(kind="questions", file=bad))
+    known = [{"question": f"{n}?", "answer": "1", "held_out": n == 1} for n in range(3)]
+    file = write(tmp_path / "known.jsonl", known)
+    for held_out, ids in ((None, [1, 2, 3]), (True, [2]), (False, [1, 3])):
+        task = TaskConfig(kind="questions", file=file, held_out=held_out)
+        assert [question.id for question in read_task(task).questions] == ids and not list(task.problems())
+    assert "held_out: jsquad does not tell" in str(list(TaskConfig(kind="jsquad", file=file, held_out=True).problems()))
 
 
 def test_evaluate_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

@@ -75,10 +75,21 @@ def test_the_first_loss_is_that_of_the_base(base, recipe, tmp_path):
     plain = branch(recipe, base, "plain", steps=3)
     plain["model"]["class_path"] = "llmrecipes.modules.PretrainModule"
     plain["model"]["init_args"]["config"] |= {"lora": None, "dropout": 0.0}
+    for one in (config, plain):
+        shards = list(one["data"]["init_args"]["train"])
+        one["data"]["init_args"] |= {"train": {shards[0]: 1.0}, "valid_from": shards}
+        one["checkpoint"] |= {"validate_first": True, "every": "2 steps"}
     assert fit(tmp_path, config) == fit(tmp_path, plain) == 0
     first, other = (next(r for r in trajectory(tmp_path / name) if "loss" in r) for name in ("lora", "plain"))
     assert first["loss"] == other["loss"] and first["batch"] == other["batch"]
     assert first["grad_norm"] != other["grad_norm"]
+    before, beneath = (trajectory(tmp_path / name)[0] for name in ("lora", "plain"))
+    assert before == beneath and before["step"] == 0, "what the run begins with, before anything moved"
+    assert before.keys() == {"step", "val_loss", "val_loss/a", "val_loss/b"}, "also where nothing is trained"
+    saved = sorted(path.name for path in (tmp_path / "lora" / "checkpoints").glob("step=*"))
+    assert saved == ["step=000002", "step=000003"], "none of step 0"
+    assert fit(tmp_path, config, "--trainer.max_steps", "4") == 0
+    assert [r["step"] for r in trajectory(tmp_path / "lora") if "val_loss" in r] == [0, 3, 4]
 
 
 def test_stopped_and_resumed_is_the_uninterrupted_run(base, whole, recipe, tmp_path):

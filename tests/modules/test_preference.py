@@ -20,10 +20,12 @@ from llmrecipes.checkpoint import load_initial
 from llmrecipes.data import ChatExamples, PreferencePairs, Tokenizer
 from llmrecipes.distributed import ShardedStrategy
 from llmrecipes.errors import UserError
-from llmrecipes.models import ModelConfig
+from llmrecipes.models import ModelConfig, init_weights
+from llmrecipes.models.lora import adapters_off
 from llmrecipes.modules import PreferenceModule, SFTModule, pretrain
 from llmrecipes.modules.sft import noise_width
 from llmrecipes.optim import AdamW, Constant
+from llmrecipes.recipe.lora_config import LoraConfig
 from llmrecipes.run.fit import quiet_lightning
 
 
@@ -41,15 +43,13 @@ def place(tmp_path_factory):
     return folder
 
 
-def config(folder):
+def config(folder, lora=None):
     vocabulary = Tokenizer(folder / "tokenizer").vocab_size
-    return ModelConfig(vocab_size=vocabulary, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48)
+    return ModelConfig(vocab_size=vocabulary, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, lora=lora)
 
 
 def load_random(folder, model, may_be_new=None):
     """Stands for a folder of weights: the same numbers for whoever asks."""
-    from llmrecipes.models import init_weights
-
     init_weights(model, 11)
     return []
 
@@ -67,13 +67,21 @@ class DoubleSFT(SFTModule):
 
 
 def train(
-    folder, module_class=Double, data_class=PreferencePairs, steps=3, mode=None, micro_batch=2, more=None, **options
+    folder,
+    module_class=Double,
+    data_class=PreferencePairs,
+    steps=3,
+    mode=None,
+    micro_batch=2,
+    more=None,
+    lora=None,
+    **options,
 ):
     """Records, validation and parameters of some steps; ``more`` goes to the data."""
     quiet_lightning()
     pretrain.load_initial = load_random
     try:
-        module = module_class(config(folder), AdamW(lr=0.01), Constant(), init_from="x", seed=3, **options)
+        module = module_class(config(folder, lora), AdamW(lr=0.01), Constant(), init_from="x", seed=3, **options)
         file = folder / ("pairs.jsonl" if data_class is PreferencePairs else "talks.jsonl")
         data = data_class(
             train={str(file): 1.0}, tokenizer=str(folder / "tokenizer"), seq_len=160, micro_batch=micro_batch,
@@ -152,14 +160,79 @@ def test_mutant_reference_that_moves_is_noticed(place):
     assert worst(train(place, reference="copy"), train(place, Cheap, reference="copy")) > 1e-3
 
 
+def adapters():
+    return LoraConfig(rank=4, alpha=16, targets=".*")
+
+
+def test_the_reference_with_its_adapters_off_is_a_copy_of_the_beginning(place):
+    """Two models or one: the same losses; and the first is ln 2, since B = 0."""
+    copy = train(place, reference="copy", lora=adapters(), trainable=["lora"])
+    off = train(place, reference="lora_off", lora=adapters())
+    assert off[0][0]["loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert off[0][-1]["loss"] < 0.68 and abs(off[0][-1]["rewards/margins"]) > 1e-3
+    assert worst(copy, off) < 1e-12
+    train(place, reference="lora_off", lora=adapters(), loss="hinge", more={"share_prompts": False})
+
+
+class AlwaysOn(Double):
+    """Mutant: the adapters stay on."""
+
+    def _sums_without_adapters(self, batch):
+        return self._sums(self.model, batch)
+
+
+class StaysOff(Double):
+    """Mutant: the policy is without adapters too."""
+
+    def _forward(self, batch):
+        with adapters_off(self.model):
+            return super()._forward(batch)
+
+
+def test_mutants_adapters_that_do_not_switch_are_noticed(place):
+    off = train(place, reference="lora_off", lora=adapters())
+    assert worst(off, train(place, AlwaysOn, reference="lora_off", lora=adapters())) > 1e-3
+    with pytest.raises(RuntimeError, match="does not require grad"):  # nothing to train is left
+        train(place, StaysOff, reference="lora_off", lora=adapters())
+
+
+def load_trained(folder, model, may_be_new=None):
+    """Stands for a folder whose adapters do something."""
+    init_weights(model, 11)
+    for name, tensor in model.named_parameters():
+        if name.endswith(".lora.down.b"):
+            tensor.data.fill_(0.1)
+    return []
+
+
+def test_adapters_off_is_refused_where_it_is_another_model(place):
+    for options, problem in (
+        ({}, "needs config.lora without experts"),
+        ({"lora": adapters(), "trainable": ["all"]}, "trains the adapters alone"),
+        ({"lora": adapters(), "frozen": ["norms"]}, "trains the adapters alone"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            train(place, reference="lora_off", **options)
+    module = Double(config(place, adapters()), AdamW(lr=0.01), Constant(), init_from="x", reference="lora_off")
+    pretrain.load_initial = load_trained
+    try:
+        with pytest.raises(UserError, match="has trained adapters"):
+            module.fill_initial(module.build_model())
+    finally:
+        pretrain.load_initial = load_initial
+
+
+LORA_OF = {"copy": None, "precomputed": None, "lora_off": adapters()}
+
+
 def on_two_ranks(folder, mode, reference):
-    return train(folder, mode=mode, micro_batch=1, reference=reference)
+    return train(folder, mode=mode, micro_batch=1, reference=reference, lora=LORA_OF[reference])
 
 
-@pytest.mark.parametrize("reference", ["copy", "precomputed"])
+@pytest.mark.parametrize("reference", ["copy", "precomputed", "lora_off"])
 def test_two_processes_compute_what_one_does(place, reference):
     for result in run_ranks(2, on_two_ranks, place, "full_shard", reference):
-        assert worst(result, train(place, micro_batch=1, reference=reference)) < 1e-10
+        assert worst(result, train(place, micro_batch=1, reference=reference, lora=LORA_OF[reference])) < 1e-10
 
 
 def test_what_has_no_effect_or_no_sense_is_refused(place):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from helpers import cli, write_recipe
+from helpers import REPOSITORY, cli, write_recipe
 
-from benchmarks.planned_memory import TOLERANCE, estimated, measured
+from benchmarks.planned_memory import INSTEAD, TOLERANCE, command_of, estimated, measured, prepare
 from llmrecipes.errors import UserError
 from llmrecipes.plan.activations import Step, count_activations
 from llmrecipes.plan.hardware import parse_gpus
@@ -42,6 +44,11 @@ def test_checkpointing_and_rows():
     # What grows with a layer under full checkpointing is its input alone, [2, 64, 32] fp32.
     deeper = count_activations(replace(DENSE, num_layers=20), replace(STEP, recompute="full"))
     assert deeper - sizes["full"] == pytest.approx(10 * 2 * 64 * 32 * 4, rel=0.02)
+    # Also where weights come in bf16 and are looked at through views: they are counted elsewhere.
+    halves = replace(STEP, recompute="full", gathered_half=True)
+    for config in (DENSE, replace(EXPERTS, num_layers=10)):
+        deeper = count_activations(replace(config, num_layers=20), halves) - count_activations(config, halves)
+        assert deeper == pytest.approx(10 * 2 * 64 * 32 * 4, rel=0.02)
     small, large = (count_activations(EXPERTS, replace(STEP, rows=rows)) for rows in (2, 8))
     assert 2 < large / small < 4.5
     whole = replace(STEP, loss_chunk=128, on_gpu=True)
@@ -114,3 +121,32 @@ def test_estimated_against_measured(recipe, tmp_path, moe):
     guess, truth = estimated(path, overrides), measured(path, overrides)
     assert abs(guess / truth - 1) < TOLERANCE, (guess, truth)
     assert model_sizes(read_job([path], overrides).config).total * 16 < 0.5 * truth
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo's data and models to begin with; only for the whole matrix."""
+    folder = tmp_path_factory.mktemp("demo")
+    before = Path.cwd()
+    try:
+        prepare(folder)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+CPU = sorted(path.name for path in (REPOSITORY / "recipes" / "cpu").glob("*.yaml"))
+
+
+@pytest.mark.slow
+def test_every_cpu_recipe(request, stride, monkeypatch):
+    """All of recipes/cpu, each by the command in its header; `make test` leaves it to `make test-all`."""
+    assert len(CPU) == 11
+    if stride(2) == 2:
+        pytest.skip("make test-all measures every recipe of recipes/cpu")
+    monkeypatch.chdir(request.getfixturevalue("demo"))
+    for name in CPU:
+        configs, overrides = command_of(Path("recipes/cpu", name))
+        overrides += INSTEAD.get(Path(name).stem, [])
+        guess, truth = estimated(configs, overrides), measured(configs, overrides)
+        assert abs(guess / truth - 1) < TOLERANCE, (name, guess, truth)

@@ -16,6 +16,7 @@ from llmrecipes import __version__
 from llmrecipes.errors import UserError
 from llmrecipes.evaluate.report.along import draw_along
 from llmrecipes.evaluate.report.gather import Run, lineage, read_runs, recipe_difference
+from llmrecipes.evaluate.report.lifecycle import lifecycle
 from llmrecipes.evaluate.report.plots import draw_all
 from llmrecipes.evaluate.report.radar import draw_radar
 from llmrecipes.evaluate.report.router_map import draw_routers
@@ -82,6 +83,7 @@ def render(runs: list[Run], pictures: list[tuple[str, str, Path]], title: str | 
             {"heading": heading, "text": text, "file": path.name, "data": base64.b64encode(path.read_bytes()).decode()}
             for heading, text, path in pictures
         ],
+        effects=lifecycle(runs),
         lineages=[{"name": run.name, "chain": lineage(run)} for run in with_recipe],
         evaluations=[_evaluation(run, summary) for run in runs for summary in run.summaries],
         answers=Markup(_in_script(_answers(runs))),

@@ -61,7 +61,10 @@ def _against_shard(facts: Facts, prefix: str, manifest: dict[str, Any]) -> Itera
 def _sources(facts: Facts) -> list[tuple[Keys, str]]:
     train: list[tuple[Keys, str]] = [((*DATA, "train", prefix), prefix) for prefix in facts.mapping(*DATA, "train")]
     valid = facts.mapping(*DATA, "valid").items()
-    return train + [((*DATA, "valid", name), prefix) for name, prefix in valid if isinstance(prefix, str)]
+    train += [((*DATA, "valid", name), prefix) for name, prefix in valid if isinstance(prefix, str)]
+    listed = facts.get(*DATA, "valid_from")
+    others = enumerate(listed) if isinstance(listed, list) else ()
+    return train + [((*DATA, "valid_from", i), prefix) for i, prefix in others if isinstance(prefix, str)]
 
 
 def _manifest(prefix: str) -> dict[str, Any]:
