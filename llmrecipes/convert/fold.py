@@ -14,7 +14,7 @@ from llmrecipes.convert.merge_check import check_same
 from llmrecipes.convert.names import our_shapes
 from llmrecipes.convert.readers import Folded, Made, OnDisk, Reader, open_reader, source_of
 from llmrecipes.convert.tokenizer_files import check_tokenizer
-from llmrecipes.convert.writing import Planned, new_folder, write_tensors
+from llmrecipes.convert.writing import Planned, new_folder, write_origin, write_tensors
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig
 from llmrecipes.recipe.moe_config import MoEConfig
@@ -42,6 +42,7 @@ def fold(src: str, dst: str, max_shard_gb: float = 5.0) -> None:
     with new_folder(Path(dst), sum(tensor.bytes for tensor in planned)) as folder:
         write_tensors(folder, planned, int(max_shard_gb * 1e9))
         write_model_folder(folder, Path(dst), source, tokenizer)
+        write_origin(folder, "merge fold", src)
         difference = check_same(reader, Made(config, planned), source)
     sizes = f"{config.num_params:,} parameters"
     print(f"wrote {dst}: {sizes}; logits equal those with adapters to {difference:.1e} of the largest")

@@ -13,7 +13,7 @@ from llmrecipes.convert.families import READ_ONLY
 from llmrecipes.convert.folder import MODEL_FILE, OurTensors, Source, open_source
 from llmrecipes.convert.tokenizer_files import check_tokenizer, copy_tokenizer, generation_config
 from llmrecipes.convert.verify import verify_logits
-from llmrecipes.convert.writing import Planned, new_folder, write_json, write_tensors
+from llmrecipes.convert.writing import Planned, new_folder, write_json, write_origin, write_tensors
 from llmrecipes.data.tokenizer import Tokenizer
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig
@@ -45,6 +45,7 @@ def from_hf(src: str, dst: str, vocab_multiple: int = 1, max_shard_gb: float = 5
     with new_folder(target, total) as folder:
         write_tensors(folder, planned, int(max_shard_gb * 1e9))
         write_model_folder(folder, target, source, tokenizer)
+        write_origin(folder, "convert from-hf", src)
         checked = _compare(folder, Path(src), source)
     print(f"wrote {target}: {checked}")
     print(how_to_train(target))

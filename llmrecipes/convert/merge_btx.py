@@ -16,7 +16,7 @@ from llmrecipes.convert.names import our_shapes
 from llmrecipes.convert.readers import Made, Networks, OnDisk, Reader, dense, open_reader, source_of
 from llmrecipes.convert.tokenizer_files import check_tokenizer
 from llmrecipes.convert.upcycle import draw_router, mixture_config
-from llmrecipes.convert.writing import Planned, new_folder, write_tensors
+from llmrecipes.convert.writing import Planned, new_folder, write_origin, write_tensors
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig
 
@@ -63,6 +63,7 @@ def merge_btx(
     with new_folder(Path(dst), sum(tensor.bytes for tensor in planned)) as folder:
         write_tensors(folder, planned, int(max_shard_gb * 1e9))
         write_model_folder(folder, Path(dst), source, tokenizer)
+        write_origin(folder, "merge btx", seed, experts)
         differences = check_experts(made, [Networks(made, branch) for branch in everyone], source)
     print(f"wrote {dst}: {config.num_params:,} parameters, {config.active_params:,} active; held to one expert its")
     print(f"logits are those of that network amid the {others} weights, to {max(differences):.1e} of the largest")

@@ -16,7 +16,7 @@ from llmrecipes.convert.names import our_shapes
 from llmrecipes.convert.readers import Made, OnDisk, Reader, open_reader, source_of
 from llmrecipes.convert.tokenizer_files import check_tokenizer
 from llmrecipes.convert.upcycle import draw_router
-from llmrecipes.convert.writing import Planned, new_folder, write_tensors
+from llmrecipes.convert.writing import Planned, new_folder, write_origin, write_tensors
 from llmrecipes.errors import UserError
 from llmrecipes.models.lora import is_adapter
 from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
@@ -62,6 +62,7 @@ def merge_lora(
     with new_folder(Path(dst), sum(tensor.bytes for tensor in planned)) as folder:
         write_tensors(folder, planned, int(max_shard_gb * 1e9))
         write_model_folder(folder, Path(dst), source, tokenizer)
+        write_origin(folder, "merge lora", seed, experts)
         everyone = [*branches, base] if null_expert else branches
         differences = check_experts(Made(config, planned), everyone, source)
     print(f"wrote {dst}: {config.num_params:,} parameters, {config.active_params:,} active; held to one expert its")

@@ -22,7 +22,7 @@ from llmrecipes.convert.from_hf import how_to_train, write_model_folder
 from llmrecipes.convert.names import our_shapes
 from llmrecipes.convert.tokenizer_files import check_tokenizer
 from llmrecipes.convert.verify import random_tokens, tolerance, widened
-from llmrecipes.convert.writing import Planned, new_folder, write_tensors
+from llmrecipes.convert.writing import Planned, new_folder, write_origin, write_tensors
 from llmrecipes.errors import UserError
 from llmrecipes.recipe.model_config import ModelConfig
 from llmrecipes.recipe.moe_config import MoEConfig
@@ -84,6 +84,7 @@ def upcycle(
     with new_folder(Path(dst), total) as folder:
         write_tensors(folder, planned, int(max_shard_gb * 1e9))
         write_model_folder(folder, Path(dst), replace(source, config=config), tokenizer)
+        write_origin(folder, "convert upcycle", src)
         exact = noise == 0 and drop == 0 and (renormalize or router == "zero")
         difference = _compare(source, folder, exact)
     print(f"wrote {dst}: logits {'equal' if exact else 'differ from'} the dense model's {'to' if exact else 'by'} "

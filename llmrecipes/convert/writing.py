@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,3 +121,18 @@ def _bits(tensor: Tensor) -> Tensor:
 def write_json(path: Path, content: Any) -> None:
     """A JSON file, flushed to disk."""
     write_file(path, [json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n"])
+
+
+ORIGIN = "made_from.json"
+
+
+def write_origin(folder: Path, command: str, base: str, parts: Sequence[str] = ()) -> None:
+    """Which folders a model was made of, as they were named: `llmrecipes report` follows them.
+
+    Args:
+        folder: of the new model.
+        command: that made it.
+        base: the model it began as.
+        parts: further ones, such as the experts of a merge.
+    """
+    write_json(folder / ORIGIN, {"command": command, "base": base, "parts": list(parts)})

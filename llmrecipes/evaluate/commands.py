@@ -82,7 +82,7 @@ def judgements(words: list[str]) -> int:
 def _output(config: EvaluateConfig, words: list[str]) -> Path:
     if config.output is not None:
         return Path(config.output)
-    if not (Path(config.model) / "checkpoints").is_dir():
+    if config.checkpoints == "newest" and not (Path(config.model) / "checkpoints").is_dir():
         raise UserError(f"output is missing: {config.model} is no run folder to put it in; give --output FOLDER")
     files = [after for before, after in pairwise(words) if before == "--config"]
     files += [word.partition("=")[2] for word in words if word.startswith("--config=")]

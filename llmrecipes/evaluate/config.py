@@ -211,7 +211,7 @@ class EvaluateConfig:
 
     def missing(self) -> Iterator[Finding]:
         """Files and folders that are not there."""
-        if not Path(self.model).exists():
+        if not Path(self.model).exists() and not self.wait:  # a run that is waited for may not have begun
             yield ("model",), f"model: {self.model}: no such folder", "train it first, or correct the path"
         yield from self.missing_of_tasks()
 

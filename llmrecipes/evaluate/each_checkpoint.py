@@ -32,7 +32,7 @@ def evaluate_each(config: EvaluateConfig, output: Path, sleep: Callable[[float],
         UserError: the model is no run folder, or the recipe has mistakes.
     """
     run = Path(config.model)
-    if not (run / "checkpoints").is_dir() and not (run / "recipe.yaml").is_file():
+    if not config.wait and not (run / "checkpoints").is_dir() and not (run / "recipe.yaml").is_file():
         raise UserError(f"checkpoints: each: {run} is no run folder")
     told: set[str] = set()
     while True:

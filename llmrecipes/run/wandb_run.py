@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from llmrecipes.process import rank_name
+
 log = logging.getLogger("llmrecipes")
 
 FILE = "wandb_id"
@@ -38,7 +40,8 @@ def give_run_id(trainer: Any, folder: Path, fresh: bool) -> str | None:
         arguments["id"] = run_id
         if reason := why_offline(arguments):
             arguments["offline"] = True
-            log.warning(f"wandb is offline, {reason}; `wandb sync` sends what it keeps")
+            if not rank_name():  # the first process says it for all
+                log.warning(f"wandb is offline, {reason}; `wandb sync` sends what it keeps")
         # jsonargparse keeps what goes to wandb.init beside the logger's own arguments.
         logger["dict_kwargs"] = {"resume": "allow"} | dict(logger.get("dict_kwargs") or {})
     return run_id

@@ -51,7 +51,7 @@ def _progress(state: State, now: float) -> str:
 
 def _figures(state: State) -> list[str]:
     record = state.steps[-1]
-    shown = [f"{key.split('_')[0]} {record[key]:{form}}" for key, form in FORMS if record.get(key) is not None]
+    shown = [f"{name} {record[key]:{form}}" for key, name, form in FORMS if record.get(key) is not None]
     if state.validation.get("val_loss") is not None:
         shown.append(f"val_loss {state.validation['val_loss']:.4f} (step {state.validation['step']})")
     if record.get("max_violation"):
@@ -62,7 +62,12 @@ def _figures(state: State) -> list[str]:
     return shown
 
 
-FORMS = (("loss", ".4f"), ("grad_norm", ".3f"), ("lr", ".2e"), ("tokens_per_second", ",.0f"))
+FORMS = (
+    ("loss", "loss", ".4f"),
+    ("grad_norm", "grad", ".3f"),
+    ("lr", "lr", ".2e"),
+    ("tokens_per_second", "tok/s", ",.0f"),
+)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

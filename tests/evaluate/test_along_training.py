@@ -147,6 +147,20 @@ def test_it_waits_for_new_checkpoints_until_the_run_is_done(place, run, tmp_path
     assert (copy / "evaluation" / "little@000006" / "summary.json").exists()
 
 
+def test_a_run_may_begin_later(place, tmp_path, capsys):
+    task = TaskConfig(kind="perplexity", file=str(place / "texts.jsonl"))
+    late = tmp_path / "later"
+
+    def sleep(seconds):
+        late.mkdir()
+        (late / "DONE").write_text("{}")
+
+    config = EvaluateConfig(model=str(late), tasks=[task], checkpoints="each", wait=1.0)
+    assert list(config.missing()) == [] and evaluate_each(config, late / "evaluation" / "x", sleep) == 0
+    assert cli("evaluate", "--config", place / "little.yaml", "--model", late, "--checkpoints", "each") == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
 def test_an_evaluation_that_fails_is_a_warning(place, recipe, tmp_path, monkeypatch, caplog):
     from llmrecipes.evaluate import training
 

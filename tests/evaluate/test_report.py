@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from llmrecipes.cli import main
+from llmrecipes.convert.writing import write_origin
 from llmrecipes.evaluate.report.gather import lineage, read_runs
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;\"'"
@@ -87,6 +88,21 @@ def test_report_and_diff(tmp_path, monkeypatch, capsys):
     assert main(["diff", str(first), str(second)]) == 0
     shown = capsys.readouterr().out
     assert "name: base -> tuned" in shown and "model.init_args.init_from: " in shown and "seed" not in shown
+
+
+def test_lineage_goes_through_a_merge(tmp_path):
+    make_run(tmp_path, "seed")
+    make_run(tmp_path, "wiki", "runs/seed")
+    merged = tmp_path / "models" / "experts"
+    merged.mkdir(parents=True)
+    (merged / "model.yaml").write_text("model: {init_args: {init_from: models/experts}}\n")
+    write_origin(merged, "merge lora", "runs/seed", ["runs/wiki", "runs/gone"])
+    last = make_run(tmp_path, "router", "models/experts")
+    chain = lineage(read_runs([last])[0])
+    assert [one.name for one in chain] == ["seed", "experts", "router"]
+    facts = chain[1].facts
+    assert ("made by", "llmrecipes merge lora") in facts
+    assert [value for key, value in facts if key == "of"] == ["runs/wiki (2 steps, 20 tokens)", "runs/gone"]
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):

@@ -62,7 +62,12 @@ def test_a_healthy_run_has_no_alarm(run):
     assert (state.step, state.max_steps, state.seconds_per_step, state.seconds_per_record) == (200, 1000, 1.0, 10.0)
     assert kinds(run, NOW + 60, min_free=0) == []
     shown = "\n".join(view(state, [], NOW))
-    assert "step 200 of 1,000 (20.0%)" in shown and "about 13 min left" in shown and "loss 0.2000" in shown
+    assert (
+        "step 200 of 1,000 (20.0%)" in shown
+        and "about 13 min left" in shown
+        and "loss 0.2000" in shown
+        and "tok/s 100" in shown
+    )
 
 
 def test_stall_is_ten_times_the_usual(run):

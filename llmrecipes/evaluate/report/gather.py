@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from llmrecipes.callbacks.metrics_file import read_metrics
+from llmrecipes.convert.writing import ORIGIN
 from llmrecipes.errors import UserError
 from llmrecipes.evaluate.store import ANSWERS, SUMMARY, evaluations, read_json, step_of
 from llmrecipes.recipe import diff, read_recipe
@@ -169,7 +170,7 @@ def lineage(run: Run) -> list[Ancestor]:
             one.records = list(read_metrics(folder / "metrics.jsonl"))
         one.launches = read_json(folder / "environment.json") or []
         chain.insert(0, Ancestor(recipe.get("name") or folder.name, str(folder), _facts(one)))
-        start = one.setting("model", "init_args", "init_from")
+        start = one.setting("model", "init_args", "init_from") or (read_json(folder / ORIGIN) or {}).get("base")
         if not isinstance(start, str):
             break
         following = _find(start, folder)
@@ -177,6 +178,13 @@ def lineage(run: Run) -> list[Ancestor]:
             chain.insert(0, Ancestor(Path(start).name, start, [("", "not found from here")]))
         folder = following
     return chain
+
+
+def _part(name: str, folder: Path) -> str:
+    """An expert of a merge, and how long it was trained, where its run is found."""
+    found = _find(name, folder)
+    steps = Run(name, found, records=list(read_metrics(found / "metrics.jsonl"))).steps if found is not None else []
+    return f"{name} ({steps[-1]['step']:,} steps, {steps[-1]['tokens']:,} tokens)" if steps else name
 
 
 def _find(name: str, run: Path) -> Path | None:
@@ -198,7 +206,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         mix = data_mix(run)
         facts.append(("data", ", ".join(f"{name} {share:.0%}" for name, share in mix) or "-"))
     elif (run.folder / MODEL_FILE).is_file():
-        facts.append(("made by", "llmrecipes convert"))
+        origin = read_json(run.folder / ORIGIN) or {}
+        facts.append(("made by", f"llmrecipes {origin.get('command', 'convert')}"))
+        facts += [("of", _part(name, run.folder)) for name in origin.get("parts", ())]
         facts += [(k, str(v)) for k, v in _recipe(run.folder / MODEL_FILE).items() if isinstance(v, str | int | float)]
     elif (run.folder / "config.json").is_file():
         config = read_json(run.folder / "config.json") or {}
@@ -211,9 +221,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("checkpoints", ", ".join(steps)))
     if run.launches:
         newest = run.launches[-1]
-        commit = (newest.get("git") or {}).get("commit") or "no repository"
+        commit = (newest.get("git") or {}).get("commit")
+        code = commit[:12] if commit else "no repository"
         facts.append(("launches", f"{len(run.launches)}, the last {newest.get('time', '?')}"))
-        facts.append(("code", f"llmrecipes {newest.get('llmrecipes', '?')}, {commit[:12]}"))
+        facts.append(("code", f"llmrecipes {newest.get('llmrecipes', '?')}, {code}"))
     return facts
 
 
