@@ -18,8 +18,8 @@ from llmrecipes.recipe.rules.model import build_config
 ROOT = REPOSITORY / "recipes"
 EVERY_FILE = sorted(p.relative_to(REPOSITORY) for p in ROOT.rglob("*") if p.suffix in (".yaml", ".yml"))
 # Recipes of data preparation and of evaluation are of other kinds; their commands read them.
-EVALUATION = [path for path in EVERY_FILE if path.parts[1] == "eval" or path.stem == "evaluate"]
-TRAINING = [path for path in EVERY_FILE if path.parts[1] not in ("data", "sweep") and path not in EVALUATION]
+EVALUATION = [path for path in EVERY_FILE if path.parts[1:-1] == ("eval",) or path.stem == "evaluate"]
+TRAINING = [path for path in EVERY_FILE if path.parts[1] not in ("data", "sweep", "eval") and path not in EVALUATION]
 HEADER = ("Purpose", "Command", "Hardware", "Expect", "Next")
 
 
@@ -206,6 +206,6 @@ def test_evaluation_recipes_are_understood(path):
     from llmrecipes.evaluate.config import EvaluateConfig
 
     tasks = read_config(EvaluateConfig, ["--config", str(path)], files=False).tasks
-    assert len(tasks) == {"demo": 4, "japanese": 4, "lm_eval": 2, "mt_bench": 1, "sweep": 1}[path.stem]
+    assert len(tasks) == len(yaml.safe_load(path.read_text(encoding="utf-8"))["tasks"]) >= 1
     with pytest.raises(UserError, match="batch_sizes"):
         read_config(EvaluateConfig, ["--config", str(path), "--batch_sizes", "8"], files=False)
