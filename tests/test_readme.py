@@ -152,6 +152,7 @@ def mistakes(words: list[str]) -> list[str]:
         "diff",
         "submit",
         "watch",
+        "sweep",
     ):
         shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
         return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]
