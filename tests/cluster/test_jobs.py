@@ -16,7 +16,7 @@ from llmrecipes.errors import UserError
 from llmrecipes.recipe.slurm import Shape, allocation_problems
 
 FILES = sorted(REPOSITORY.glob("slurm/*.s*"))
-JOBS = {"train", "chain_array", "experts_array", "evaluate", "data_array", "convert_cpu"}
+JOBS = {"train", "chain_array", "experts_array", "evaluate", "evaluate_each", "data_array", "convert_cpu"}
 
 
 def test_all_files_were_seen():
