@@ -29,6 +29,15 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", dest="all_cases", help="large matrices whole (make test-all)")
 
 
+# Folders with long files that wait a lot: begun first, so that no worker is left alone with one at the end.
+LONG = ("slurm", "run", "faults", "distributed")
+
+
+def pytest_collection_modifyitems(items):
+    folders = {folder: place for place, folder in enumerate(LONG)}
+    items.sort(key=lambda item: folders.get(item.path.parent.name, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def stride(request):
     """``stride(7)``: 7, and 1 under ``--all``: every seventh case of a large matrix, or all."""
