@@ -135,7 +135,8 @@ def demo(tmp_path_factory):
     return folder
 
 
-CPU = sorted(path.name for path in (REPOSITORY / "recipes" / "cpu").glob("*.yaml"))
+REAL = "sft_jcommonsenseqa.yaml"  # on questions that are not everywhere
+CPU = sorted(path.name for path in (REPOSITORY / "recipes" / "cpu").glob("*.yaml") if path.name != REAL)
 
 
 @pytest.mark.slow
