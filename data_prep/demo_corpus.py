@@ -29,7 +29,7 @@ TOWN_KINDS = ("mayor", "river", "speciality", "population", "founded", "flower",
 PERSON_KINDS = ("born", "job", "home")
 QUESTIONS_SHARE = 0.15  # of the documents on towns and people are questions with answers
 HELD_OUT_SHARE = 4  # one question in so many is asked in no document
-NUM_SUMS = 200  # questions of arithmetic for each language, half of them held out
+NUM_SUMS = 100  # questions of arithmetic for each language, half of them held out
 QUESTIONS_FILE, CHAT_FILE, PREFERENCES_FILE = "questions.jsonl", "chat.jsonl", "preferences.jsonl"
 
 
