@@ -9,7 +9,11 @@ from data_prep.demo_world import MAYOR, Person, Town, World
 # What is asked, in three wordings: the same in documents and in questions.jsonl. The answer is the fact alone.
 QUESTIONS = {
     "mayor": ["Who is the mayor of {t}?", "What is the name of the mayor of {t}?", "Who governs the town of {t}?"],
-    "river": ["Which river flows through {t}?", "What is the name of the river in {t}?", "On which river does {t} lie?"],
+    "river": [
+        "Which river flows through {t}?",
+        "What is the name of the river in {t}?",
+        "On which river does {t} lie?",
+    ],
     "speciality": ["What is {t} known for?", "What do visitors come to {t} for?", "What is the speciality of {t}?"],
     "population": [
         "How many people live in {t}?",

@@ -6,7 +6,8 @@ from random import Random
 
 from data_prep.demo_world import MAYOR, Person, Town, World
 
-# What is asked, in three wordings: the same in documents and in questions.jsonl. The answer is the fact alone, without its unit.
+# What is asked, in three wordings: the same in documents and in questions.jsonl. The answer is the fact alone, without
+# its unit.
 QUESTIONS = {
     "mayor": ["{t}の町長は誰ですか。", "誰が{t}の町長を務めていますか。", "{t}で町長をしている人の名前は何ですか。"],
     "river": ["{t}を流れる川は何ですか。", "何という川が{t}を流れていますか。", "{t}にある川の名前は何ですか。"],
