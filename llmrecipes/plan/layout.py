@@ -89,11 +89,12 @@ class Layout:
 
 
 def assumed_layout(length: int, cut: bool, why: str) -> Layout:
-    """Where there are no data to look at: every token has a label, and a row that may be cut is, into two documents.
+    """Where there are no data to look at: every token has a label, and a row that may be cut is, before its last token.
 
-    How many there are hardly matters: what is put together again is as large as the row.
+    That takes most: what is put together again is as large as the row however it is cut, and attention that holds
+    whole scores (ALiBi, dropout) holds those of a document almost as long as the row.
     """
-    documents = (length // 2, length - length // 2) if cut and length > 1 else (length,)
+    documents = (length - 1, 1) if cut and length > 1 else (length,)
     return Layout((Row(documents, (0,) * len(documents), length),), assumed=why)
 
 

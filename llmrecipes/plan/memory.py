@@ -100,7 +100,7 @@ def memory_of(
     total = weights + trained * (1 + ADAM_STATES)
     gathered, activations = 0.0, moments.worst
     if job.sharded or mode is not None:
-        at = _gathered(job, model, mode or job.mode, mesh.expert)
+        at = _gathered(job, model, mode or job.mode, mesh.expert, trained)
         kept = offload or job.micro_batches > 1  # gradients of earlier micro-batches are there, or none take room
         there = {name: trained * (1.0 if kept else share) for name, share in _arrived(model).items()}
         sums = {name: size + at[name] + there[name] for name, size in asdict(moments).items()}
@@ -123,9 +123,10 @@ def _arrived(model: Sizes) -> dict[str, float]:
     return {"forward": 0.0, "loss": 0.0, "last_block": 0.0, "between": later, "first_block": later, "embedding": 1.0}
 
 
-def _gathered(job: Job, model: Sizes, mode: str, expert: int) -> dict[str, float]:
+def _gathered(job: Job, model: Sizes, mode: str, expert: int, share: float) -> dict[str, float]:
     """At each moment: whole weights in the type of the products, and gradients on their way, in that type, and in fp32
     to be added. The root (embedding, last norm, head) stays from the forward pass to the end of the backward one.
+    ``share``: bytes of the rank's share of the gradients.
     """
     computed = 2 if "16" in job.precision else param_bytes(job.precision)
     away = 1 - 1 / expert  # experts that other processes hold are never gathered here
@@ -138,13 +139,15 @@ def _gathered(job: Job, model: Sizes, mode: str, expert: int) -> dict[str, float
     loss = forward if keeps else 0.0
     shared_out = largest * (computed + 4) * trained
     waits = not job.reduce_every and job.micro_batches > 1
-    waiting = (sum(sizes) + model.rest) * 4 * trained if waits else 0.0
+    # Gradients wait whole, where their share is counted already.
+    waiting = max(0.0, (sum(sizes) + model.rest) * 4 * trained - share) if waits else 0.0
+    head = job.config.vocab_rows * job.config.dim * computed * trained  # its gradient waits for that of the embedding
     moments = {
         "forward": forward,
         "loss": loss,
-        "last_block": forward + shared_out,
-        "between": forward + shared_out,
-        "first_block": one_by_one + shared_out,
+        "last_block": forward + head + shared_out,
+        "between": forward + head + shared_out,
+        "first_block": one_by_one + head + shared_out,
         "embedding": model.rest * (computed + 4) * trained,
     }
     return {name: size + root + waiting for name, size in moments.items()}
