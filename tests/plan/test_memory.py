@@ -133,7 +133,10 @@ def test_moments_of_sharded_training(job):
     states = 8 * model.total + 4 * model.rest  # half of weights and moments each, and the root, which stays
     assert large.device == pytest.approx(states - 2 * model.total + 9e6)
     block = max(model.blocks)
-    assert small.gathered == (2 * block + model.rest) * 4 + block * 8 + 64 * 32 * 4 and small.device > states - 2 * model.total + 1e6
+    assert (
+        small.gathered == (2 * block + model.rest) * 4 + block * 8 + 64 * 32 * 4
+        and small.device > states - 2 * model.total + 1e6
+    )
     # more micro-batches: the gradients of the earlier ones are there in the loss too
     assert memory_of(replace(job, global_batch=8), model, replace(moments, loss=9e6)).device == pytest.approx(
         states + 9e6
