@@ -54,6 +54,7 @@ class TaskConfig:
         few_shots: examples before each question.
         limit: ask only the first so many; null = all.
         held_out: of questions: only those that stand in no document (true), only those that do (false); null = all.
+        kinds: of questions: only those whose field `kind` is one of these; null = all.
         max_new_tokens: longest answer; null = llm-jp-eval's output_length of the task, 32 for questions.
         instruction: other words than the kind's.
         cut: where an answer ends: "blank_line" (llm-jp-eval), "line", "none"; null = blank_line, for cloze line.
@@ -72,6 +73,7 @@ class TaskConfig:
     few_shots: int = 0
     limit: int | None = None
     held_out: bool | None = None
+    kinds: list[str] | None = None
     max_new_tokens: int | None = None
     instruction: str | None = None
     cut: Literal["blank_line", "line", "none"] | None = None
@@ -124,6 +126,8 @@ class TaskConfig:
             yield ("ask",), f"ask: cloze is for questions, not for {self.kind}", "write instruction or chat"
         if self.held_out is not None and self.kind != "questions":
             yield ("held_out",), f"held_out: {self.kind} does not tell", "leave it out"
+        if self.kinds is not None and self.kind != "questions":
+            yield ("kinds",), f"kinds: {self.kind} does not tell", "leave it out"
         prompts = self.kind == "lm_eval" or (self.way == "instruction" and self.kind not in ("questions", "perplexity"))
         if self.few_shots and not prompts:
             yield ("few_shots",), "few_shots: examples stand in llm-jp-eval's prompt only", "use ask: instruction"
