@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,10 +27,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 TOLERANCE = 0.10
 STEPS = 3
-# A corpus of one's own is not there: the demo's, whose ids are fewer, takes as much memory.
+# Corpora and questions that are not everywhere: the demo's, whose ids are fewer.
 INSTEAD = {
     "real_corpus": shlex.split(
         """--data.init_args.train '{"data/demo/shards/ja_towns": 1.0}' --data.init_args.tokenizer data/demo/tokenizer"""
+    ),
+    "sft_jcommonsenseqa": shlex.split(
+        """--data.init_args.train '{"data/demo/text/chat.jsonl": 1.0}' --data.init_args.tokenizer data/demo/tokenizer"""
     ),
     # The reference of all pairs would be computed first.
     "dpo": shlex.split("""--data.init_args.train '{"data/demo/text/preferences_few.jsonl": 1.0}'"""),
@@ -49,13 +53,15 @@ def command_of(recipe: Path) -> tuple[list[Path], list[str]]:
     return configs, overrides
 
 
-def estimated(recipe: Path | Sequence[Path], overrides: list[str], answers: float = 1.0) -> float:
-    """Bytes that the plan names for the device; ``answers``: share of the tokens that have a label."""
+def estimated(recipe: Path | Sequence[Path], overrides: list[str]) -> float:
+    """Bytes that the plan names for the device."""
     from llmrecipes.plan.estimate import make_plan
     from llmrecipes.plan.job import read_job
+    from llmrecipes.plan.layout import read_layout
 
-    job = read_job([recipe] if isinstance(recipe, Path) else recipe, overrides)
-    return make_plan(replace(job, answers=answers)).memory.device
+    configs = [recipe] if isinstance(recipe, Path) else recipe
+    job = read_job(configs, overrides)
+    return make_plan(replace(job, layout=read_layout(configs, overrides, job))).memory.device
 
 
 def short(configs: Sequence[Path], steps: int) -> list[str]:
@@ -69,20 +75,46 @@ def short(configs: Sequence[Path], steps: int) -> list[str]:
     return [*words, "--model.init_args.schedule.init_args.warmup", "1 steps"]
 
 
-def measured(recipe: Path | Sequence[Path], overrides: list[str], steps: int = STEPS) -> float:
-    """Bytes that torch's CPU allocator held at most while the recipe was trained for some steps."""
+def measured(recipe: Path | Sequence[Path], overrides: list[str], steps: int = STEPS) -> list[float]:
+    """Bytes that torch's CPU allocator held at most while the recipe was trained for some steps, of each process."""
+    from llmrecipes.plan.job import read_job
+
+    configs = [recipe] if isinstance(recipe, Path) else recipe
+    ranks = read_job(configs, overrides).ranks
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["fit", *(word for path in configs for word in ("--config", str(path)))]
+        words += ["--run_root", folder, "--resume", "never", *overrides, *short(configs, steps)]
+        return [peak_of(words)] if ranks == 1 else _peaks(words, ranks)
+
+
+def _peaks(words: list[str], ranks: int) -> list[float]:
+    """Of several processes, each of which watches itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+    path = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "benchmarks.planned_memory", "--rank", shlex.join(words)]
+    running = []
+    for rank in range(ranks):
+        environment = os.environ | shared | {"LOCAL_RANK": str(rank), "RANK": str(rank), "PYTHONPATH": path}
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit(f"{shlex.join(words)}: a process of {ranks} failed\n{''.join(said)}")
+    return [float(text.rpartition("PEAK ")[2]) for text in said]
+
+
+def peak_of(words: list[str]) -> float:
+    """Bytes that torch's CPU allocator held at most in this process while the command ran."""
     from torch.profiler import ProfilerActivity, profile
 
     from llmrecipes.cli import main
 
-    configs = [recipe] if isinstance(recipe, Path) else recipe
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["fit", *(word for path in configs for word in ("--config", str(path)))]
-        words += ["--run_root", folder, "--resume", "never", *overrides, *short(configs, steps)]
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            code = main(words)
-        if code:
-            raise SystemExit(f"{configs[-1]}: training ended with exit code {code}")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        code = main(words)
+    if code:
+        raise SystemExit(f"llmrecipes {shlex.join(words)}: ended with exit code {code}")
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -108,12 +140,12 @@ def prepare(folder: Path, documents: int = 6000) -> None:
     if not Path("recipes").exists():
         Path("recipes").symlink_to(REPOSITORY / "recipes")
     text = "data/demo/text"
-    run = [f"data demo --output {text} --documents {documents} --overwrite true"]
+    run = [f"data demo --output {text} --documents {documents} --width 4 --depth 3 --overwrite true"]  # as the Makefile
     files = " ".join(
         f"{text}/{name}.jsonl" for name in ("ja_towns", "en_towns", "ja_people", "en_people", "arithmetic")
     )
     run.append(
-        f"data tokenizer --input {files} --output data/demo/tokenizer --vocab_size 4000 --sample_bytes 4_000_000 "
+        f"data tokenizer --input {files} --output data/demo/tokenizer --vocab_size 2000 --sample_bytes 2_000_000 "
         "--overwrite true"
     )
     run.append(
@@ -123,7 +155,9 @@ def prepare(folder: Path, documents: int = 6000) -> None:
     run += [_fit("lora_expert", *more) for more in ([], ["lora_expert_people"], ["lora_expert_arithmetic"])]
     experts = " ".join(f"runs/lora_{name}_cpu" for name in ("towns", "people", "arithmetic"))
     run.append(f"merge lora runs/dense_pretrain_cpu models/demo_experts --experts {experts}")
-    run.append(_fit("sft"))
+    run += [_fit("router_train"), _fit("sft")]
+    real = [*INSTEAD["real_corpus"], "--name", "dense_real"]
+    run.append(f"{_fit('dense_pretrain', 'real_corpus')} {shlex.join(real)}")
     for line in run:
         if main(shlex.split(line)):
             raise SystemExit(f"llmrecipes {line}: failed")
@@ -139,16 +173,22 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="make what the recipes begin with, and go there")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
     args, more = parser.parse_known_args()
+    if args.rank:
+        print(f"PEAK {peak_of(shlex.split(args.rank)):.0f}")
+        return 0
     if args.one:
         configs, overrides = command_of(args.recipes[0])
         overrides += [*INSTEAD.get(args.recipes[0].stem, []), *more]
         guess = estimated(configs, overrides)
-        truth = measured(configs, overrides, args.steps)
+        peaks = measured(configs, overrides, args.steps)
+        truth = max(peaks)
         process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         off = guess / truth - 1
-        row = f"{args.recipes[0]} | {guess / 2**20:.1f} | {truth / 2**20:.1f} | {off:+.1%} | {process / 2**20:.0f}"
-        print(f"| {row} |", flush=True)
+        shown = ", ".join(f"{peak / 2**20:.1f}" for peak in peaks)
+        size = f"{process / 2**20:.0f}" if len(peaks) == 1 else ""
+        print(f"| {args.recipes[0]} | {guess / 2**20:.1f} | {shown} | {off:+.1%} | {size} |", flush=True)
         return int(abs(off) > TOLERANCE)
     if args.prepare:
         prepare(args.prepare)

@@ -1,8 +1,9 @@
 """`llmrecipes data demo`: a small bilingual corpus about an invented world, and questions about the same facts.
 
-A model trained on it can be asked what it has learned: who the mayor of a town is, and what 12 + 7 makes. One question
-in four appears in no document (its fact does, in articles), and one sum in ten is nowhere: memory and generalization
-can be told apart.
+A model trained on it can be asked what it has learned: who the mayor of a town is, and what 12 + 7 makes. Each fact
+can be asked in three wordings for each language. One question in four appears in no document and no conversation (its
+fact does, in articles and mostly in another wording), and one sum in ten is nowhere: memory and generalization can be
+told apart.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TOWN_KINDS = ("mayor", "river", "speciality", "population", "founded", "flower",
 PERSON_KINDS = ("born", "job", "home")
 QUESTIONS_SHARE = 0.15  # of the documents on towns and people are questions with answers
 HELD_OUT_SHARE = 4  # one question in so many is asked in no document
-NUM_SUMS = 200  # questions of arithmetic for each language, half of them held out
+NUM_SUMS = 100  # questions of arithmetic for each language, half of them held out
 QUESTIONS_FILE, CHAT_FILE, PREFERENCES_FILE = "questions.jsonl", "chat.jsonl", "preferences.jsonl"
 
 
@@ -114,9 +115,9 @@ def questions(world: World, seed: int) -> list[Question]:
     found = []
     for lang in ("ja", "en"):
         for town in world.towns:
-            found += [_fact_question(world, lang, kind, town) for kind in TOWN_KINDS if _has(world, town, kind)]
+            found += _fact_questions(world, lang, town)
         for person in world.people:
-            found += [_fact_question(world, lang, kind, person) for kind in PERSON_KINDS]
+            found += _fact_questions(world, lang, person)
         rng = Random(f"{seed}/questions/{lang}")
         problems = demo_arithmetic.all_problems()
         for held_out in (False, True):
@@ -146,24 +147,28 @@ def _article(world: World, lang: str, subject: str, number: int, rng: Random) ->
 def _questions_document(world: World, lang: str, subject: str, number: int, rng: Random) -> str:
     """Some questions about one town or person and two others; never a held-out one."""
     everything: tuple[Town | Person, ...] = world.towns if subject == "towns" else world.people
-    asked = [
-        _fact_question(world, lang, kind, about)
-        for about in (everything[number % len(everything)], *rng.sample(everything, 2))
-        for kind in (TOWN_KINDS if isinstance(about, Town) else PERSON_KINDS)
-        if _has(world, about, kind)
-    ]
-    asked = [question for question in dict.fromkeys(asked) if not question.held_out]
+    subjects = (everything[number % len(everything)], *rng.sample(everything, 2))
+    asked = [question for about in dict.fromkeys(subjects) for question in _fact_questions(world, lang, about)]
+    asked = [question for question in asked if not question.held_out]
     chosen = rng.sample(asked, min(len(asked), rng.randrange(2, 9)))
     ask, answer = ("質問: ", "答え: ") if lang == "ja" else ("Question: ", "Answer: ")
     return "\n\n".join(f"{ask}{item.question}\n{answer}{item.answer}" for item in chosen)
 
 
-def _fact_question(world: World, lang: str, kind: str, about: Town | Person) -> Question:
+def _fact_questions(world: World, lang: str, about: Town | Person) -> list[Question]:
+    """Every question about a town or a person: each fact in every wording."""
     words = _language(lang)
-    fields = words.town_fields(world, about) if isinstance(about, Town) else words.person_fields(world, about)
-    question = words.QUESTIONS[kind].format_map(fields)
-    held_out = zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0
-    return Question(question, fields[words.ANSWERS[kind]], words.CLOZES[kind].format_map(fields), lang, kind, held_out)
+    is_town = isinstance(about, Town)
+    fields = words.town_fields(world, about) if is_town else words.person_fields(world, about)
+    found = []
+    for kind in TOWN_KINDS if is_town else PERSON_KINDS:
+        if _has(world, about, kind):
+            answer, cloze = fields[words.ANSWERS[kind]], words.CLOZES[kind].format_map(fields)
+            for wording in words.QUESTIONS[kind]:
+                asked = wording.format_map(fields)
+                held_out = zlib.crc32(asked.encode()) % HELD_OUT_SHARE == 0
+                found.append(Question(asked, answer, cloze, lang, kind, held_out))
+    return found
 
 
 def _has(world: World, about: Town | Person, kind: str) -> bool:

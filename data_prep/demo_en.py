@@ -6,18 +6,38 @@ from random import Random
 
 from data_prep.demo_world import MAYOR, Person, Town, World
 
-# What is asked: the same wording in documents and in questions.jsonl. The answer is the fact alone.
+# What is asked, in three wordings: the same in documents and in questions.jsonl. The answer is the fact alone.
 QUESTIONS = {
-    "mayor": "Who is the mayor of {t}?",
-    "river": "Which river flows through {t}?",
-    "speciality": "What is {t} known for?",
-    "population": "How many people live in {t}?",
-    "founded": "In which year was {t} founded?",
-    "flower": "What is the flower of {t}?",
-    "east": "Which town lies east of {t}?",
-    "born": "In which year was {p} born?",
-    "job": "What is the job of {p}?",
-    "home": "In which town does {p} live?",
+    "mayor": ["Who is the mayor of {t}?", "What is the name of the mayor of {t}?", "Who governs the town of {t}?"],
+    "river": [
+        "Which river flows through {t}?",
+        "What is the name of the river in {t}?",
+        "On which river does {t} lie?",
+    ],
+    "speciality": ["What is {t} known for?", "What do visitors come to {t} for?", "What is the speciality of {t}?"],
+    "population": [
+        "How many people live in {t}?",
+        "What is the population of {t}?",
+        "How many inhabitants does {t} have?",
+    ],
+    "founded": [
+        "In which year was {t} founded?",
+        "When was {t} founded?",
+        "In which year does the history of {t} begin?",
+    ],
+    "flower": [
+        "What is the flower of {t}?",
+        "Which flower has {t} chosen?",
+        "Which flower do you see everywhere in {t}?",
+    ],
+    "east": [
+        "Which town lies east of {t}?",
+        "What is the town to the east of {t}?",
+        "To which town do you come if you go east from {t}?",
+    ],
+    "born": ["In which year was {p} born?", "When was {p} born?", "What is the year of birth of {p}?"],
+    "job": ["What is the job of {p}?", "What does {p} do for a living?", "What does {p} work as?"],
+    "home": ["In which town does {p} live?", "Where does {p} live?", "Where is the home of {p}?"],
 }
 # A statement up to the answer, for models that only continue text; each opens a sentence of FACTS below.
 CLOZES = {

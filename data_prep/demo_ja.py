@@ -6,18 +6,23 @@ from random import Random
 
 from data_prep.demo_world import MAYOR, Person, Town, World
 
-# What is asked: the same wording in documents and in questions.jsonl. The answer is the fact alone, without its unit.
+# What is asked, in three wordings: the same in documents and in questions.jsonl. The answer is the fact alone, without
+# its unit.
 QUESTIONS = {
-    "mayor": "{t}の町長は誰ですか。",
-    "river": "{t}を流れる川は何ですか。",
-    "speciality": "{t}の名産は何ですか。",
-    "population": "{t}の人口は何人ですか。",
-    "founded": "{t}が開かれたのは何年ですか。",
-    "flower": "{t}の花は何ですか。",
-    "east": "{t}の東隣の町はどこですか。",
-    "born": "{p}は何年生まれですか。",
-    "job": "{p}の職業は何ですか。",
-    "home": "{p}はどこに住んでいますか。",
+    "mayor": ["{t}の町長は誰ですか。", "誰が{t}の町長を務めていますか。", "{t}で町長をしている人の名前は何ですか。"],
+    "river": ["{t}を流れる川は何ですか。", "何という川が{t}を流れていますか。", "{t}にある川の名前は何ですか。"],
+    "speciality": ["{t}の名産は何ですか。", "{t}では何が有名ですか。", "何の産地として{t}は知られていますか。"],
+    "population": ["{t}の人口は何人ですか。", "{t}には何人が暮らしていますか。", "何人の人が{t}に住んでいますか。"],
+    "founded": ["{t}が開かれたのは何年ですか。", "{t}は何年に開かれましたか。", "何年に{t}の歴史は始まりましたか。"],
+    "flower": ["{t}の花は何ですか。", "{t}が町の花に定めているのは何ですか。", "どの花が{t}の町の花ですか。"],
+    "east": [
+        "{t}の東隣の町はどこですか。",
+        "{t}から東へ行くとどの町に着きますか。",
+        "{t}の東にはどの町がありますか。",
+    ],
+    "born": ["{p}は何年生まれですか。", "{p}が生まれたのは何年ですか。", "何年に{p}は生まれましたか。"],
+    "job": ["{p}の職業は何ですか。", "{p}は何の仕事をしていますか。", "どんな仕事を{p}はしていますか。"],
+    "home": ["{p}はどこに住んでいますか。", "{p}が暮らしている町はどこですか。", "どの町に{p}は住んでいますか。"],
 }
 # A statement up to the answer, for models that only continue text; each opens a sentence of FACTS below.
 CLOZES = {

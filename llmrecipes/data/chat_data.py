@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -127,6 +128,8 @@ class ConversationData(StepData):
         self._encoded: dict[str, Encoded] = {}
         self._keys: dict[str, str] = {}
         self._buffers = Buffers()
+        # Of each file; None = all. Who only wants to know what rows look like need not wait for a large one.
+        self.most_lines: int | None = None
 
     def read(self, path: str, encoder: ChatEncoder, counts: Counts) -> Iterator[list[Example] | None]:
         """The example of each line, None where there is none.
@@ -197,7 +200,8 @@ class ConversationData(StepData):
         file = self.cache / f"{Path(path).stem}-{key[:16]}.npz"
         if not file.is_file():
             encoded = self._encode(path)
-            _write(file, encoded)
+            if self.most_lines is None:
+                _write(file, encoded)
             return encoded
         with np.load(file, allow_pickle=False) as kept:
             return Encoded(kept["ids"], kept["trained"], kept["starts"], json.loads(str(kept["counts"])))
@@ -206,7 +210,7 @@ class ConversationData(StepData):
         """All examples of a file, with a progress line on a terminal."""
         counts = Counts()
         encoder = ChatEncoder(self.template, self.tokenizer, self.seq_len, self.turns)
-        lines = list(with_progress(self.read(path, encoder, counts), path))
+        lines = list(islice(with_progress(self.read(path, encoder, counts), path), self.most_lines))
         examples = [example for example in lines if example is not None]
         words = counts.in_words(len(lines))
         if not examples:

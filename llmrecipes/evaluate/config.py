@@ -49,11 +49,12 @@ class TaskConfig:
         kind: what the file holds and how it is scored; see docs/evaluation.md.
         file: its questions, JSON lines (of llm_jp_eval one JSON object; of perplexity texts; of lm_eval a task YAML of lm-evaluation-harness, or the name of one of its own tasks).
         name: of its folder and row; null = the kind.
-        ask: "instruction" (llm-jp-eval's prompt with examples), "chat" (the chat template), "cloze" (questions only: the beginning of the answering sentence); null = instruction, for questions chat.
+        ask: "instruction" (llm-jp-eval's prompt with examples), "chat" (the chat template), "cloze" (questions only: the beginning of the answering sentence); null = instruction, for questions chat. Of lm_eval only "chat": the task's prompts, examples as turns before them, through the chat template; null = as they are.
         few_shot_file: where the examples come from; the same as file: its first questions, which are then not asked.
         few_shots: examples before each question.
         limit: ask only the first so many; null = all.
         held_out: of questions: only those that stand in no document (true), only those that do (false); null = all.
+        kinds: of questions: only those whose field `kind` is one of these; null = all.
         max_new_tokens: longest answer; null = llm-jp-eval's output_length of the task, 32 for questions.
         instruction: other words than the kind's.
         cut: where an answer ends: "blank_line" (llm-jp-eval), "line", "none"; null = blank_line, for cloze line.
@@ -72,6 +73,7 @@ class TaskConfig:
     few_shots: int = 0
     limit: int | None = None
     held_out: bool | None = None
+    kinds: list[str] | None = None
     max_new_tokens: int | None = None
     instruction: str | None = None
     cut: Literal["blank_line", "line", "none"] | None = None
@@ -124,7 +126,10 @@ class TaskConfig:
             yield ("ask",), f"ask: cloze is for questions, not for {self.kind}", "write instruction or chat"
         if self.held_out is not None and self.kind != "questions":
             yield ("held_out",), f"held_out: {self.kind} does not tell", "leave it out"
-        if self.few_shots and (self.way != "instruction" or self.kind in ("questions", "perplexity")):
+        if self.kinds is not None and self.kind != "questions":
+            yield ("kinds",), f"kinds: {self.kind} does not tell", "leave it out"
+        prompts = self.kind == "lm_eval" or (self.way == "instruction" and self.kind not in ("questions", "perplexity"))
+        if self.few_shots and not prompts:
             yield ("few_shots",), "few_shots: examples stand in llm-jp-eval's prompt only", "use ask: instruction"
         yield from self._problems_of_kind()
         if self.kind != "lm_eval" and self.metric is not None and self.metric not in (*METRICS, *OVER_ALL):
@@ -145,7 +150,9 @@ class TaskConfig:
         if self.kind == "mt_bench" and self.way != "chat":
             yield ("ask",), f"ask: {self.ask} is not for mt_bench, which is a conversation", "leave it out"
         if self.kind == "lm_eval":
-            set_here = ("ask", "max_new_tokens", "instruction", "cut", "form", "few_shot_file")
+            if self.ask not in (None, "chat"):
+                yield ("ask",), f"ask: {self.ask} has no effect on kind lm_eval", "its task YAML says it, or chat"
+            set_here = ("max_new_tokens", "instruction", "cut", "form", "few_shot_file")
             for key in (key for key in set_here if getattr(self, key) is not None):
                 yield (key,), f"{key}: has no effect on kind lm_eval", "its task YAML says it"
 

@@ -54,7 +54,7 @@ def run_harness(opened: Opened, task: TaskConfig, batch_size: int) -> tuple[dict
         The result, and a row for each document.
 
     Raises:
-        UserError: the harness cannot make the task or ask the model.
+        UserError: the harness cannot make the task or ask the model, or a conversation has no template.
     """
     name = check_harness(task)
     from lm_eval.evaluator import simple_evaluate
@@ -65,7 +65,10 @@ def run_harness(opened: Opened, task: TaskConfig, batch_size: int) -> tuple[dict
     for source in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(source).setLevel(logging.ERROR)
     local = is_task_file(task.file)
-    model = DecoderLM(opened, batch_size)
+    chat = task.ask == "chat"
+    model = DecoderLM(opened, batch_size, chat)
+    if chat:
+        model.chat_template(True)  # that there is none is said here, in our words
     try:
         manager = TaskManager(include_path=str(Path(task.file).parent) if local else None, include_defaults=not local)
         done = simple_evaluate(
@@ -75,6 +78,8 @@ def run_harness(opened: Opened, task: TaskConfig, batch_size: int) -> tuple[dict
             limit=task.limit,
             task_manager=manager,
             bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
         )
     except Exception as error:  # tasks are code and data of many authors
         reason = (str(error).strip().splitlines() or [""])[0][:300]
@@ -92,7 +97,7 @@ def run_harness(opened: Opened, task: TaskConfig, batch_size: int) -> tuple[dict
     result = {
         "task": task.title,
         "kind": task.kind,
-        "ask": f"lm_eval {name}",
+        "ask": f"lm_eval {name}, chat" if chat else f"lm_eval {name}",
         "file": task.file,
         "category": task.group,
         "metric": main,

@@ -7,6 +7,7 @@ same scores; what is computed is ours: documents packed without padding, experts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,14 +34,16 @@ class DecoderLM(TemplateLM):
     Args:
         opened: the model and its tokenizer.
         batch_size: texts written side by side.
+        chat: requests are conversations, written by the model's chat template: special pieces stand in them.
 
     Attributes:
         shortened: requests that lost tokens on the left, because the model was not made for their length.
     """
 
-    def __init__(self, opened: Opened, batch_size: int = 8) -> None:
+    def __init__(self, opened: Opened, batch_size: int = 8, chat: bool = False) -> None:
         super().__init__()
         self.opened = opened
+        self.chat = chat
         self.batch_size = batch_size
         self.max_length = opened.max_seq_len or LONGEST
         self.shortened = 0
@@ -62,10 +65,50 @@ class DecoderLM(TemplateLM):
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, with the piece that the tokenizer begins every text with unless told otherwise."""
+        """Ids of a text, with the piece that the tokenizer begins every text with unless told otherwise.
+
+        As HFLM a template's own beginning piece is not doubled.
+        """
+        if self.chat:
+            ids, begin = self.opened.codec.encode_chat(string), self.prefix_token_id
+            wanted = self._begins_texts and add_special_tokens is not False
+            return [begin, *ids] if wanted and ids[:1] != [begin] else ids
         ids, characters = self.opened.codec.encode_span(string)
         begins = bool(ids) and characters == 0 and ids[0] == self.opened.codec.bos_id
         return ids[1:] if begins and add_special_tokens is False else ids
+
+    @cached_property
+    def _begins_texts(self) -> bool:
+        """Whether the tokenizer puts its beginning piece before every text by itself."""
+        ids, characters = self.opened.codec.encode_span("a")
+        return characters == 0 and ids[0] == self.opened.codec.bos_id
+
+    # ---- conversations
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names what the harness keeps of requests."""
+        return str(self.opened.codec.folder).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The model's own; there is one only, so that a name chooses nothing.
+
+        Raises:
+            UserError: there is none.
+        """
+        return self.opened.codec.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text. Without ``add_generation_prompt`` it ends with the last message's words, which the
+        model is to go on from (transformers' ``continue_final_message``).
+        """
+        text = self.opened.codec.chat_text(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"]
+        at = text.rindex(last.strip())
+        kept = last.lstrip() if text.startswith(last.lstrip(), at) else last.strip()
+        return text[:at] + kept
 
     # ---- how likely
 

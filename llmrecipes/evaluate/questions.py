@@ -107,6 +107,11 @@ def read_task(task: TaskConfig) -> Asked:
             raise UserError(f"{task.few_shot_file}: {len(examples)} examples, but few_shots is {task.few_shots}")
     if task.held_out is not None:
         found = [question for question in found if question.about.get("held_out") == YES_NO[task.held_out]]
+    if task.kinds is not None:
+        there = {question.about.get("kind", "") for question in found}
+        if absent := sorted(set(task.kinds) - there):
+            raise UserError(f"{task.file}: no question of kinds {absent}; there are {sorted(there - {''})}")
+        found = [question for question in found if question.about.get("kind") in task.kinds]
     found = found[: task.limit]
     if not found:
         raise UserError(f"{task.file}: no question left to ask in task {task.title}")

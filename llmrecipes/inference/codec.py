@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmrecipes.data import Tokenizer
-from llmrecipes.data.chat_template import find_template, named_end
+from llmrecipes.data.chat_template import ChatTemplate, find_template, named_end
 from llmrecipes.errors import UserError
 from llmrecipes.inference.prompts import Message
 
@@ -41,8 +41,29 @@ class Codec(Protocol):
         """Text of ids; special pieces give nothing."""
         ...
 
+    @property
+    def chat_template(self) -> str:
+        """The chat template, jinja.
+
+        Raises:
+            UserError: there is none.
+        """
+        ...
+
+    def chat_text(self, messages: list[Message], reply: bool = True) -> str:
+        """A conversation as text by the chat template; with ``reply`` up to where the assistant is to speak.
+
+        Raises:
+            UserError: there is no template, or it refuses these messages.
+        """
+        ...
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of what a chat template wrote: special pieces stand in it, and none is put around it."""
+        ...
+
     def chat(self, messages: list[Message]) -> list[int]:
-        """Ids of a conversation by the tokenizer's chat template, up to where the assistant is to speak."""
+        """Ids of a conversation by the chat template, up to where the assistant is to speak."""
         ...
 
 
@@ -89,12 +110,29 @@ class PlainCodec:
         """See :class:`Codec`."""
         return self._tokenizer.decode(ids)
 
-    def chat(self, messages: list[Message]) -> list[int]:
-        """See :class:`Codec`: the ids that fine-tuning trains on."""
+    @cached_property
+    def _chat(self) -> ChatTemplate:
         found = find_template(self.folder, self._template, self._tokenizer.piece(self._tokenizer.eos_id))
         if found is None:
             raise _no_template(self.folder)
-        return self._tokenizer.encode_marked(found.text(messages, reply=True))
+        return found
+
+    @property
+    def chat_template(self) -> str:
+        """See :class:`Codec`."""
+        return self._chat.source
+
+    def chat_text(self, messages: list[Message], reply: bool = True) -> str:
+        """See :class:`Codec`."""
+        return self._chat.text(messages, reply)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """See :class:`Codec`."""
+        return self._tokenizer.encode_marked(text)
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        """See :class:`Codec`: the ids that fine-tuning trains on."""
+        return self.encode_chat(self.chat_text(messages))
 
 
 class HFCodec:
@@ -131,15 +169,35 @@ class HFCodec:
         """See :class:`Codec`."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    @cached_property
+    def _named(self) -> ChatTemplate | None:
+        return None if self._template is None else find_template(self.folder, self._template, self._tokenizer.eos_token)
+
+    @property
+    def chat_template(self) -> str:
+        """See :class:`Codec`."""
+        if self._named is not None:
+            return self._named.source
+        try:
+            return str(self._tokenizer.get_chat_template())
+        except ValueError:  # there is none, or there are several of which none is the default
+            raise _no_template(self.folder) from None
+
+    def chat_text(self, messages: list[Message], reply: bool = True) -> str:
+        """See :class:`Codec`. A folder's own template is written by transformers, for which it was made: some ask it
+        for the date, which ours refuse.
+        """
+        if self._named is not None:
+            return self._named.text(messages, reply)
+        return apply_template(self._tokenizer, self.folder, messages, reply)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """See :class:`Codec`."""
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     def chat(self, messages: list[Message]) -> list[int]:
         """See :class:`Codec`."""
-        if self._template is None:
-            text = apply_template(self._tokenizer, self.folder, messages)
-        else:
-            named = find_template(self.folder, self._template, self._tokenizer.eos_token)
-            assert named is not None
-            text = named.text(messages, reply=True)
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self.encode_chat(self.chat_text(messages))
 
 
 def _hugging_face(folder: Path) -> Any:
@@ -155,13 +213,13 @@ def _hugging_face(folder: Path) -> Any:
 
 def _no_template(folder: Path) -> UserError:
     return UserError(
-        f"--chat: {folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
-        "leave --chat out, name one with --template, or a tokenizer that has one with --tokenizer"
+        f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): leave --chat "
+        "(of an evaluation, ask: chat) out, name one with --template, or a tokenizer that has one with --tokenizer"
     )
 
 
-def apply_template(tokenizer: Any, folder: Path, messages: list[Message]) -> str:
-    """The conversation as text, up to where the assistant is to speak (jinja in transformers' sandbox).
+def apply_template(tokenizer: Any, folder: Path, messages: list[Message], reply: bool = True) -> str:
+    """The conversation as text, with ``reply`` up to where the assistant is to speak (jinja in transformers' sandbox).
 
     Raises:
         UserError: there is no template, or it refuses these messages.
@@ -169,9 +227,9 @@ def apply_template(tokenizer: Any, folder: Path, messages: list[Message]) -> str
     if not tokenizer.chat_template:
         raise _no_template(folder)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))
     except Exception as error:  # a template raises what its author chose, through jinja
-        raise UserError(f"--chat: the chat template of {folder} refuses these messages: {error}") from None
+        raise UserError(f"the chat template of {folder} refuses these messages: {error}") from None
 
 
 def open_codec(folder: Path, hugging_face: bool, eos_ids: Sequence[int] = (), template: str | None = None) -> Codec:

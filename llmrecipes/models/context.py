@@ -119,7 +119,8 @@ def make_context(
         longest = max(spans, default=0)
         sizes = torch.tensor(lengths)
         before = sizes.cumsum(0) - sizes
-        starts = torch.repeat_interleave(before if prefixes is None else before - torch.tensor(prefixes), sizes)
+        shifted = before if prefixes is None else before - torch.tensor(prefixes)
+        starts = torch.repeat_interleave(shifted, sizes, output_size=rows * row_length)
         positions = (torch.arange(rows * row_length) - starts).view(rows, row_length).to(device, non_blocking=True)
     cos = sin = bias = cu_seqlens = window_rotary = None
     if config.positions == "rope":

@@ -23,12 +23,14 @@ from llmrecipes.distributed.recompute import Recompute, recompute_blocks
 from llmrecipes.losses import label_log_probs, linear_cross_entropy
 from llmrecipes.models import Decoder
 from llmrecipes.models.moe import Router
+from llmrecipes.plan.layout import Layout, assumed_layout
+from llmrecipes.plan.memory import Moments
 from llmrecipes.plan.sizes import ALL, Trained
 from llmrecipes.recipe import ModelConfig
 
 _aten = torch.ops.aten
 # Up to so many layers all are run; beyond, two depths are, and what lies between them is the same for every layer.
-_WHOLE, _DEPTHS = 8, (2, 4)
+_WHOLE, _DEPTHS = 8, (3, 5)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Step:
         accumulates: gradients of earlier micro-batches are there.
         on_gpu: softmax over whole chunks, not in blocks that fit a CPU's cache.
         trained: which parameters have a gradient.
-        answers: share of the tokens that have a label.
+        layout: how documents and labels fill the rows; None = each row is one document, every token has a label.
     """
 
     rows: int
@@ -58,7 +60,7 @@ class Step:
     accumulates: bool = False
     on_gpu: bool = False
     trained: Trained = ALL
-    answers: float = 1.0
+    layout: Layout | None = None
 
     @property
     def half(self) -> torch.dtype | None:
@@ -72,12 +74,18 @@ def count_activations(config: ModelConfig, step: Step) -> int:
 
     Without ``accumulates`` gradients appear while activations go: what they take beyond the weights' size is counted.
     """
+    return int(count_moments(config, step).worst)
+
+
+def count_moments(config: ModelConfig, step: Step) -> Moments:
+    """The same for each part of the pass, because what sharded training gathers is not there all the time."""
     layers = config.num_layers
     same = len({_kind(config, i) for i in range(layers)}) == 1
     if layers <= _WHOLE or not same:
-        return _measure(config, step)
+        return Moments(**_measure(config, step))
     small, large = (_measure(_shortened(config, depth), step) for depth in _DEPTHS)
-    return large + (large - small) * (layers - _DEPTHS[1]) // (_DEPTHS[1] - _DEPTHS[0])
+    steps = (layers - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
+    return Moments(**{name: large[name] + (large[name] - small[name]) * steps for name in large})
 
 
 def _kind(config: ModelConfig, layer: int) -> tuple[Any, ...]:
@@ -94,7 +102,7 @@ def _shortened(config: ModelConfig, depth: int) -> ModelConfig:
     return replace(config, num_layers=depth, moe=moe, **cut)
 
 
-def _measure(config: ModelConfig, step: Step) -> int:
+def _measure(config: ModelConfig, step: Step) -> dict[str, float]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder(config).train()
         if step.gathered_half or step.precision.endswith("-true"):
@@ -112,9 +120,25 @@ def _measure(config: ModelConfig, step: Step) -> int:
                 held = live.now
             else:
                 held = 0
-            live.peak = live.now
-            _run(model, tokens, config, step)
-        return live.peak - (held if step.accumulates else _grad_bytes(model))
+            live.moments = {"forward": live.now}
+            _watch(model, live)
+            _run(model, tokens, config, step, live)
+        before = held if step.accumulates else _grad_bytes(model)
+        return {name: peak - before for name, peak in live.moments.items()}
+
+
+def _watch(model: Decoder, live: LiveBytes) -> None:
+    """Tell ``live`` when the backward pass comes to a block."""
+    for number, block in enumerate(model.layers):
+        name = "last_block" if number == len(model.layers) - 1 else "between" if number else "first_block"
+        block.register_forward_hook(lambda _, __, out, name=name: _on_gradient(out[0], live, name))
+        if not number:
+            block.register_forward_pre_hook(lambda _, inputs: _on_gradient(inputs[0], live, "embedding"))
+
+
+def _on_gradient(tensor: Tensor, live: LiveBytes, name: str) -> None:
+    if tensor.requires_grad:
+        tensor.register_hook(lambda _: live.enter(name))
 
 
 def _grad_bytes(model: nn.Module) -> int:
@@ -132,13 +156,20 @@ def _to_half(model: nn.Module, step: Step) -> None:
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=step.half)))
 
 
-def _run(model: Decoder, tokens: Tensor, config: ModelConfig, step: Step) -> None:
+def _run(model: Decoder, tokens: Tensor, config: ModelConfig, step: Step, live: LiveBytes) -> None:
     mixed = step.half is not None and step.precision.endswith("-mixed")
     with torch.autocast("cpu", step.half) if mixed else nullcontext():
-        output = model(tokens)
+        layout = (step.layout or assumed_layout(step.length, False, "")).of(step.rows)
+        output = model(
+            tokens,
+            document_lengths=layout.documents,
+            document_prefixes=layout.prefixes,
+            token_mask=torch.ones_like(tokens, dtype=torch.bool) if layout.masked else None,
+        )
+        live.enter("loss")
         hidden, labels = output.hidden.flatten(0, 1), tokens.flatten()
-        if step.answers < 1:
-            labels = labels[: max(1, round(step.answers * len(labels)))]
+        if layout.labels < len(labels):
+            labels = labels[: layout.labels]
             hidden = hidden.index_select(0, labels)
         if step.preference:
             loss = label_log_probs(hidden, model.head_weight, labels, step.loss_chunk, config.vocab_size).sum()
@@ -153,7 +184,7 @@ def _run(model: Decoder, tokens: Tensor, config: ModelConfig, step: Step) -> Non
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made under it that are still alive, and their peak.
+    """Counts the bytes of all storages made under it that are still alive, and their peak at each moment.
 
     Operations whose result depends on values, which fake tensors have none of, are answered as in training on full
     rows: all labels count, and experts share tokens evenly.
@@ -161,13 +192,21 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, config: ModelConfig, step: Step) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now, self.moment, self.moments = 0, "forward", {"forward": 0}
         self._seen: set[int] = set()
         self._config, self._step = config, step
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Not to be counted: what was there before. A view of it would otherwise pass for something new."""
         self._seen.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def enter(self, moment: str) -> None:
+        """Another part of the pass begins."""
+        self.moment = moment
+        self._note()
+
+    def _note(self, more: int = 0) -> None:
+        self.moments[self.moment] = max(self.moments.get(self.moment, 0), self.now + more)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -177,6 +216,8 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
+        if not self._step.on_gpu and torch.Tag.pointwise in func.tags:
+            self._note(_converted(tree_leaves(args)))
         return result
 
     def _of_values(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -208,12 +249,21 @@ class LiveBytes(TorchDispatchMode):
             return
         self._seen.add(key)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self._note()
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+def _converted(operands: list[Any]) -> int:
+    """Bytes of the copies that a CPU makes of operands whose type is not that of the sum (a GPU: on the way)."""
+    floats = [x for x in operands if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
+    if len({x.dtype for x in floats}) < 2:
+        return 0
+    wide = max((x.dtype for x in floats), key=lambda dtype: dtype.itemsize)
+    return sum(x.numel() * wide.itemsize for x in floats if x.dtype != wide)
 
 
 def _grouped(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def plan(words: list[str]) -> int:
     add("--config", type=Path, action="append", default=[], metavar="FILE", help="merged over it, as with fit")
     add("--gpus", metavar="NxNAME", help="such as 24xH100-80G; without it the recipe's own processes are planned")
     add("--mfu", type=share_of, metavar="SHARE", help="share of the peak that is the model's work (default: 0.35)")
-    add("--answers", type=share_of, default=1.0, metavar="SHARE", help="of a conversation's tokens (default: all, 1)")
+    add("--answers", type=share_of, metavar="SHARE", help="of the tokens (default: as the data, if here; else all)")
     add("--run", type=Path, metavar="DIR", help="a run folder whose measured tokens per second are used instead")
     add("--tokens_per_second", type=positive, metavar="N", help="the same, as a number, of all GPUs")
     add("--failures_per_week", type=float, metavar="N", help="of the job (default: Llama 3's 2.0e-5 per GPU hour)")
@@ -52,10 +52,14 @@ def plan(words: list[str]) -> int:
         raise UserError(f"--failures_per_week {args.failures_per_week} is negative")
     from llmrecipes.plan.hardware import parse_gpus
     from llmrecipes.plan.job import read_job
+    from llmrecipes.plan.layout import read_layout
     from llmrecipes.plan.runs import read_run
 
     gpus = parse_gpus(args.gpus) if args.gpus else None
-    job = replace(read_job([args.recipe, *args.config], overrides, gpus), answers=args.answers)
+    paths = [args.recipe, *args.config]
+    job = read_job(paths, overrides, gpus)
+    layout = read_layout(paths, overrides, job)
+    job = replace(job, layout=layout if args.answers is None else layout.labelled(args.answers))
     run = read_run(args.run) if args.run else None
     measured = (run.name, run.tokens_per_second) if run else None
     if args.tokens_per_second:

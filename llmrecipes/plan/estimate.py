@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llmrecipes.plan.activations import Step, count_activations
+from llmrecipes.plan.activations import Step, count_moments
 from llmrecipes.plan.failures import PER_GPU_HOUR, WEEK, FailureCost, failure_cost
 from llmrecipes.plan.hardware import GPUs
 from llmrecipes.plan.job import Job
-from llmrecipes.plan.memory import RESERVED, Memory, checkpoint_bytes, memory_of, param_bytes
+from llmrecipes.plan.layout import Layout, assumed_layout
+from llmrecipes.plan.memory import RESERVED, Memory, Moments, checkpoint_bytes, memory_of, param_bytes
 from llmrecipes.plan.sizes import Sizes, Trained, model_sizes
 from llmrecipes.recipe.mesh import HYBRID
 
@@ -92,6 +93,7 @@ class Plan:
             "ranks": {"nodes": job.nodes, "per_node": job.per_node, "mode": job.mode if job.sharded else None},
             "gpus": known or None,
             "memory": {**asdict(self.memory), "device": self.memory.device},
+            "rows": {"labels": layout_of(job).share, "assumed": layout_of(job).assumed or None},
             "strategies": {mode: {**asdict(m), "device": m.device} for mode, m in self.strategies.items()},
             "fits": self.fits,
             "advice": [{"change": change, "device": device} for change, device in self.advice],
@@ -120,6 +122,11 @@ def trained_of(job: Job) -> Trained:
     return Trained(job.trainable, job.frozen)
 
 
+def layout_of(job: Job) -> Layout:
+    """How the job's rows are filled, assumed where nobody looked at its data."""
+    return job.layout or assumed_layout(job.seq_len, job.cut, "the data were not looked at")
+
+
 def step_of(job: Job) -> Step:
     """One micro-batch of the job."""
     return Step(
@@ -133,7 +140,7 @@ def step_of(job: Job) -> Step:
         accumulates=job.micro_batches > 1 or job.sharded,
         on_gpu=job.accelerator == "gpu",
         trained=trained_of(job),
-        answers=job.answers,
+        layout=layout_of(job).of(job.micro_batch),
     )
 
 
@@ -153,8 +160,8 @@ def make_plan(
         failures_per_week: of the whole job; None = Llama 3's rate. save_seconds: that training waits for a checkpoint.
     """
     model = model_sizes(job.config, trained_of(job))
-    activations = count_activations(job.config, step_of(job))
-    memory = memory_of(job, model, activations)
+    moments = count_moments(job.config, step_of(job))
+    memory = memory_of(job, model, moments)
     speed = _speed(job, gpus, mfu, measured)
     size = checkpoint_bytes(model.total, param_bytes(job.precision)) + checkpoint_bytes(
         model.trainable, 2 * param_bytes(job.precision)
@@ -166,9 +173,7 @@ def make_plan(
         step = job.tokens_per_step / speed.tokens_per_second
         failures = failure_cost(step * job.max_steps, rate, step * job.save_every, save, RESTART_SECONDS)
     advice = [] if gpus is None or memory.device <= usable(gpus) else _advice(job, model, gpus)
-    return Plan(
-        job, model, gpus, memory, _strategies(job, model, activations), size, speed, failures, rate, save, advice
-    )
+    return Plan(job, model, gpus, memory, _strategies(job, model, moments), size, speed, failures, rate, save, advice)
 
 
 def _speed(job: Job, gpus: GPUs | None, mfu: float | None, measured: tuple[str, float] | None) -> Speed | None:
@@ -182,13 +187,13 @@ def _speed(job: Job, gpus: GPUs | None, mfu: float | None, measured: tuple[str, 
     return Speed(gpus.peak * share / per_token, "assumed MFU" if mfu is None else "given MFU", share)
 
 
-def _strategies(job: Job, model: Sizes, activations: float) -> dict[str, Memory]:
-    """Every mode that this number of processes allows; activations are the same in all of them."""
+def _strategies(job: Job, model: Sizes, moments: Moments) -> dict[str, Memory]:
+    """Every mode that this number of processes allows; the model's own activations are the same in all of them."""
     found = {}
     if job.ranks > 1:
         for mode in _MODES:
             try:
-                found[mode] = memory_of(job, model, activations, mode, cpu_offload=False)
+                found[mode] = memory_of(job, model, moments, mode, cpu_offload=False)
             except ValueError:
                 continue  # one node has no hybrid mode; too few processes for the experts
     return found
@@ -208,7 +213,7 @@ def _advice(job: Job, model: Sizes, gpus: GPUs) -> list[tuple[str, float]]:
     tight = replace(shared, mode="full_shard", mesh=None, reduce_every=True, recompute="full", micro_batch=1)
     tried.append(("mode: full_shard, activation_checkpointing: full, micro_batch: 1", tight))
     tried.append((f"{tried[-1][0]}, cpu_offload: true", replace(tight, cpu_offload=True)))
-    counted: dict[Step, float] = {}
+    counted: dict[Step, Moments] = {}
     kinds: set[str] = set()
     for change, other in tried:
         kind = change.partition(":")[0]
@@ -218,7 +223,7 @@ def _advice(job: Job, model: Sizes, gpus: GPUs) -> list[tuple[str, float]]:
             break
         step = step_of(other)
         if step not in counted:
-            counted[step] = count_activations(job.config, step)
+            counted[step] = count_moments(job.config, step)
         need = memory_of(other, model, counted[step]).device
         if need <= usable(gpus):
             kinds.add(kind)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmrecipes.errors import UserError
 from llmrecipes.plan.hardware import GPUs
+from llmrecipes.plan.layout import Layout
 from llmrecipes.recipe import ModelConfig, checked_recipe
 from llmrecipes.recipe.mesh import ALIASES, MeshSizes, mesh_sizes
 from llmrecipes.recipe.rules.facts import CONFIG, DATA, MODEL, Facts
@@ -34,7 +35,8 @@ class Job:
         preference: log-probabilities of pairs instead of cross-entropy. reference: a second model stays in memory.
         save_every: optimizer steps between checkpoints; None = not given in steps or tokens.
         trainable, frozen: which parameters have a gradient.
-        answers: share of the tokens that have a label.
+        cut: whether a row may hold several documents that do not see each other.
+        layout: how documents and labels fill a micro-batch; None = nobody looked.
     """
 
     name: str
@@ -60,7 +62,8 @@ class Job:
     save_every: int | None
     trainable: tuple[str, ...] = ("all",)
     frozen: tuple[str, ...] = ()
-    answers: float = 1.0
+    cut: bool = True
+    layout: Layout | None = None
 
     @property
     def ranks(self) -> int:
@@ -139,6 +142,7 @@ def read_job(paths: Sequence[Path], overrides: Sequence[str] = (), gpus: GPUs | 
         save_every=facts.steps("checkpoint", "every"),
         trainable=tuple(facts.get(*MODEL, "trainable") or (_TRAINED.get(kind.rpartition(".")[2], "all"),)),
         frozen=tuple(facts.get(*MODEL, "frozen") or ()),
+        cut=facts.get(*DATA, "document_mask") is not False,
     )
     _check(job)
     return job

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from llmrecipes.plan.job import Job
 from llmrecipes.plan.sizes import Sizes
@@ -19,8 +19,9 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: the rank's share. reference: a frozen second model.
-        gathered: whole weights of the blocks at work, and the buffers through which gradients are shared out.
-        activations: everything else at the worst moment of a micro-batch.
+        gathered: at the worst moment of a micro-batch, whole weights of the blocks at work, and the buffers through
+            which gradients are shared out.
+        activations: everything else at that moment.
         on_host: of these, what lies in the host's memory.
     """
 
@@ -37,6 +38,25 @@ class Memory:
         """What the device must hold."""
         parts = self.weights + self.gradients + self.optimizer + self.reference + self.gathered + self.activations
         return parts - self.on_host
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Activations, in bytes, at most: as the forward pass runs, in the loss, as the backward pass runs through the last
+    block, those between, the first one, and what lies before that. A moment that there is not is 0.
+    """
+
+    forward: float = 0.0
+    loss: float = 0.0
+    last_block: float = 0.0
+    between: float = 0.0
+    first_block: float = 0.0
+    embedding: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        """The most of all."""
+        return max(astuple(self))
 
 
 def zero_states(
@@ -64,7 +84,7 @@ def param_bytes(precision: str) -> int:
 
 
 def memory_of(
-    job: Job, model: Sizes, activations: float, mode: str | None = None, cpu_offload: bool | None = None
+    job: Job, model: Sizes, moments: Moments, mode: str | None = None, cpu_offload: bool | None = None
 ) -> Memory:
     """What one rank holds, in the job's mode or another.
 
@@ -77,8 +97,15 @@ def memory_of(
     copies = mesh.experts[1] * mesh.experts[2]
     weights = ((model.total - experts) / mesh.shard + experts / copies) * kept
     trained = weights * model.trainable / model.total
-    gathered = _gathered(job, model, mode or job.mode, mesh.expert) if job.sharded or mode is not None else 0.0
     total = weights + trained * (1 + ADAM_STATES)
+    gathered, activations = 0.0, moments.worst
+    if job.sharded or mode is not None:
+        at = _gathered(job, model, mode or job.mode, mesh.expert, trained)
+        kept = offload or job.micro_batches > 1  # gradients of earlier micro-batches are there, or none take room
+        there = {name: trained * (1.0 if kept else share) for name, share in _arrived(model).items()}
+        sums = {name: size + at[name] + there[name] for name, size in asdict(moments).items()}
+        worst = max(sums, key=lambda name: sums[name])
+        gathered, activations = at[worst], max(0.0, sums[worst] - at[worst] - trained)
     return Memory(
         weights=weights,
         gradients=trained,
@@ -90,14 +117,37 @@ def memory_of(
     )
 
 
-def _gathered(job: Job, model: Sizes, mode: str, expert: int) -> float:
-    """Whole weights in the type of the products, and gradients on their way: in that type, and in fp32 to be added."""
+def _arrived(model: Sizes) -> dict[str, float]:
+    """Share of the gradients that are there at each moment of the only micro-batch of a step."""
+    later = sum(model.blocks[1:]) / model.total
+    return {"forward": 0.0, "loss": 0.0, "last_block": 0.0, "between": later, "first_block": later, "embedding": 1.0}
+
+
+def _gathered(job: Job, model: Sizes, mode: str, expert: int, share: float) -> dict[str, float]:
+    """At each moment: whole weights in the type of the products, and gradients on their way, in that type, and in fp32
+    to be added. The root (embedding, last norm, head) stays from the forward pass to the end of the backward one.
+    ``share``: bytes of the rank's share of the gradients.
+    """
     computed = 2 if "16" in job.precision else param_bytes(job.precision)
     away = 1 - 1 / expert  # experts that other processes hold are never gathered here
     sizes = [block - away * experts for block, experts in zip(model.blocks, model.block_experts, strict=True)]
-    largest = max(sizes)
-    whole = sum(sizes) if mode in KEEPS_GATHERED else min(2, len(sizes)) * largest
+    largest, root = max(sizes), model.rest * computed
     trained = model.trainable / model.total
-    on_the_way = max(largest, model.rest) * (computed + 4) * trained
-    waiting = 0.0 if job.reduce_every else (sum(sizes) + model.rest) * 4 * trained
-    return (whole + model.rest) * computed + on_the_way + waiting
+    one_by_one = min(2, len(sizes)) * largest * computed  # a block at work, and the next on its way
+    keeps = mode in KEEPS_GATHERED
+    forward = sum(sizes) * computed if keeps else one_by_one
+    loss = forward if keeps else 0.0
+    shared_out = largest * (computed + 4) * trained
+    waits = not job.reduce_every and job.micro_batches > 1
+    # Gradients wait whole, where their share is counted already.
+    waiting = max(0.0, (sum(sizes) + model.rest) * 4 * trained - share) if waits else 0.0
+    head = job.config.vocab_rows * job.config.dim * computed * trained  # its gradient waits for that of the embedding
+    moments = {
+        "forward": forward,
+        "loss": loss,
+        "last_block": forward + head + shared_out,
+        "between": forward + head + shared_out,
+        "first_block": one_by_one + head + shared_out,
+        "embedding": model.rest * (computed + 4) * trained,
+    }
+    return {name: size + root + waiting for name, size in moments.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmrecipes.plan.estimate import RESTART_SECONDS, Plan
+from llmrecipes.plan.estimate import RESTART_SECONDS, Plan, layout_of
 from llmrecipes.plan.hardware import GPUS
 from llmrecipes.plan.memory import RESERVED, Memory
 from llmrecipes.plan.pipeline import Stage
@@ -56,6 +56,7 @@ def _memory(plan: Plan) -> list[str]:
     lines.append(
         row("activations", f"{gibibytes(memory.activations):>10}", "(with the loss, and all that is temporary)")
     )
+    lines.append(row("- with rows", *_rows(plan)))
     if memory.on_host:
         lines.append(row("- in the host's memory", f"{gibibytes(memory.on_host):>10}"))
     lines.append(row("together", f"{gibibytes(memory.device):>10}"))
@@ -64,6 +65,13 @@ def _memory(plan: Plan) -> list[str]:
             "  The process itself is larger: 0.6 GiB of libraries, and what the C library keeps of freed memory."
         )
     return lines
+
+
+def _rows(plan: Plan) -> tuple[str, str]:
+    layout = layout_of(plan.job)
+    documents = sum(len(row.documents) for row in layout.rows) / len(layout.rows)
+    said = f"assumed: {layout.assumed}" if layout.assumed else "as the recipe's data begin"
+    return f"of {documents:.1f} documents, {layout.share:.0%} of the tokens with a label", f"({said})"
 
 
 def _strategies(plan: Plan) -> list[str]:

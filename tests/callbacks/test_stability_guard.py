@@ -99,10 +99,10 @@ def alarms(found, run):
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.05])
-def test_healthy_noise_gives_no_false_alarm(sigma):
-    """100,000 steps in all, of runs that fall steeply at first; see docs/stability.md for a longer count."""
-    runs = [healthy_run(10_000, seed, sigma) for seed in range(5)]
-    assert [alarms(detector(), run) for run in runs] == [0] * 5
+def test_healthy_noise_gives_no_false_alarm(sigma, stride):
+    """40,000 steps in all (100,000 with --all), of runs that fall steeply at first; docs/stability.md counts longer."""
+    runs = [healthy_run(10_000, seed, sigma) for seed in range(0, 5, stride(3))]
+    assert [alarms(detector(), run) for run in runs] == [0] * (5 if stride(3) == 1 else 2)
     # The test can fail: thresholds in common use for normal noise are too low.
     assert alarms(detector(loss_threshold=4.0, grad_threshold=4.0), runs[0]) > 10
 

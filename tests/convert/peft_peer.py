@@ -1,7 +1,7 @@
 """A small Llama with an adapter, computed by PEFT itself; run in an environment that has PEFT.
 
 ``python peft_peer.py golden FOLDER`` writes adapters, as PEFT saves them, and the logits with them;
-``python peft_peer.py load BASE ADAPTER FILE`` writes the logits of an adapter that PEFT loads from a folder.
+``python peft_peer.py load BASE ADAPTER...`` writes the logits of adapters that PEFT loads from folders, beside each.
 Needs transformers, peft and safetensors only.
 """
 
@@ -61,14 +61,16 @@ def golden(folder: Path) -> None:
         (folder / name / "README.md").unlink(missing_ok=True)
 
 
-def load(base: Path, adapter: Path, file: Path) -> None:
+def load(base: Path, *adapters: Path) -> None:
     import peft
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(model, adapter).eval()
-    with torch.no_grad():
-        save_file({"logits": model(tokens()).logits.contiguous()}, file)
+    for adapter in adapters:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        with torch.no_grad():
+            logits = model(tokens()).logits.contiguous()
+        save_file({"logits": logits}, adapter.with_name(f"{adapter.name}-logits.safetensors"))
 
 
 if __name__ == "__main__":

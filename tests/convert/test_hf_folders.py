@@ -272,7 +272,10 @@ def test_mistakes_are_told(tmp_path):
 
 
 def test_no_two_copies_of_the_model_in_memory(tmp_path):
-    """Peak of a conversion, above what loading the libraries takes, against the size of the model."""
+    """Peak of a conversion, above what loading the libraries takes, against the size of the model.
+
+    Anonymous memory: pages of a mapped file are counted as resident too, but the system takes them back at will.
+    """
     import subprocess
     import sys
 
@@ -284,21 +287,28 @@ def test_no_two_copies_of_the_model_in_memory(tmp_path):
     model.save_pretrained(tmp_path / "hf", max_shard_size="50MB")
     size = sum(p.numel() for p in model.parameters()) * 4
     code = (
-        "import resource, sys, transformers, torch\n"
+        "import threading, transformers, torch\n"
         "from transformers import LlamaForCausalLM\n"
-        "from llmrecipes.convert import from_hf, to_hf\n"
         "from llmrecipes.convert.from_hf import from_hf\n"
         "from llmrecipes.convert.to_hf import to_hf\n"
-        "def rss():\n"
+        "def anonymous():\n"
         "    with open('/proc/self/status') as f:\n"
         "        lines = dict(line.split(':', 1) for line in f)\n"
-        "    return int(lines['VmHWM'].split()[0]) * 1024\n"
-        "before = rss()\n"
+        "    return int(lines['RssAnon'].split()[0]) * 1024\n"
+        "before, most, over = anonymous(), 0, threading.Event()\n"
+        "def watch():\n"
+        "    global most\n"
+        "    while not over.wait(0.002):\n"
+        "        most = max(most, anonymous() - before)\n"
+        "watcher = threading.Thread(target=watch)\n"
+        "watcher.start()\n"
         f"from_hf({str(tmp_path / 'hf')!r}, {str(tmp_path / 'ours')!r})\n"
         f"to_hf({str(tmp_path / 'ours')!r}, {str(tmp_path / 'back')!r})\n"
-        "print(rss() - before)\n"
+        "over.set()\n"
+        "watcher.join()\n"
+        "print(most)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak = int(done.stdout.splitlines()[-1])
     print(f"model {size / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
-    assert peak < 1.9 * size
+    assert 0.9 * size < peak < 1.3 * size

@@ -129,7 +129,7 @@ def test_peft_loads_what_is_written_here(base, tmp_path, tmp_path_factory):
     """PEFT itself, in an environment of its own, over the same Hugging Face folder."""
     packages = peer_packages(tmp_path_factory, *PEFT)
     script = Path(__file__).parent / "peft_peer.py"
-    config = read_model(base).config
+    config, folders, adapters = read_model(base).config, [], []
     cases = [
         {"rank": 8, "alpha": 32, "dropout": 0.1},
         {"rank": 3, "alpha": 2, "targets": r".*self_attn\.[kv]_proj", "rank_stabilized": True},
@@ -137,10 +137,12 @@ def test_peft_loads_what_is_written_here(base, tmp_path, tmp_path_factory):
     ]
     for n, lora in enumerate(cases):
         adapted = replace(config, lora=LoraConfig(**lora))
-        folder = make_adapted(tmp_path / f"ours{n}", base, adapted)
-        assert cli("convert", "to-peft", folder, tmp_path / f"peft{n}") == 0
-        run_with_peer(packages, script, "load", base, tmp_path / f"peft{n}", tmp_path / "logits.safetensors")
-        expected = load_file(tmp_path / "logits.safetensors")["logits"]
+        folders.append(make_adapted(tmp_path / f"ours{n}", base, adapted))
+        adapters.append(tmp_path / f"peft{n}")
+        assert cli("convert", "to-peft", folders[n], adapters[n]) == 0
+    run_with_peer(packages, script, "load", base, *adapters)
+    for folder, adapter in zip(folders, adapters, strict=True):
+        expected = load_file(adapter.with_name(f"{adapter.name}-logits.safetensors"))["logits"]
         assert (logits(folder) - expected).abs().max() < 2e-5 * expected.abs().max()
         assert (logits(base) - expected).abs().max() > 0.01
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import cli, llmrecipes, trajectory, write_recipe
+from helpers import cli, trajectory, write_recipe
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from llmrecipes.convert import config_to_hf, to_hf_state_dict
@@ -215,8 +216,8 @@ def test_two_processes_begin_with_their_slices_of_the_same_weights(tmp_path, rec
             "strategy": {"class_path": "llmrecipes.distributed.ShardedStrategy", "init_args": {"mode": "full_shard"}},
         }
         path = write_recipe(tmp_path, plain, f"on{ranks}.yaml")
-        words = ["--config", path, "--config", tmp_path / "ours" / "model.yaml", "--run_root", tmp_path]
-        llmrecipes("fit", *words, cwd=tmp_path)
+        words = ["fit", "--config", path, "--config", tmp_path / "ours" / "model.yaml", "--run_root", tmp_path]
+        assert run_ranks(ranks, cli, *words) == [0] * ranks
         records.append([r["loss"] for r in trajectory(tmp_path / f"on{ranks}") if "loss" in r])
     assert len(records[0]) == 3
     assert records[0] == pytest.approx(records[1], rel=1e-6)

@@ -77,10 +77,11 @@ def test_stages_validation_and_the_table(world, tmp_path, capsys):
     general, final = texts(tmp_path / "out" / "general"), texts(tmp_path / "out" / "final")
     assert len(list((tmp_path / "out" / "general").iterdir())) > 2
     assert {text.split()[0] for text in general} == {"ja", "en"} and {text.split()[0] for text in final} == {"wiki"}
-    tokens = {name: sum(len(pieces.encode(t)) + 1 for t in general if t.startswith(name)) for name in ("ja", "en")}
     for name in ("ja", "en"):
-        assert found["stages"]["general"][name]["tokens"] == tokens[name]
-        assert abs(tokens[name] - 6_000) <= 80
+        lengths = [len(pieces.encode(t)) + 1 for t in general if t.startswith(name)]
+        assert found["stages"]["general"][name]["tokens"] == sum(lengths)
+        # The document that reaches what was planned is the last one.
+        assert 0 <= sum(lengths) - 6_000 < max(lengths)
     files = sorted((tmp_path / "out" / "valid").iterdir())
     held = {name: [text for file in files if file.name.startswith(name) for text in texts(file)] for name in made}
     for name, documents in held.items():

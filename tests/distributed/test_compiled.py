@@ -13,7 +13,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 CASES = [
     (1, Setting("moe-loss", None, 2, steps=2, dropout=0.0)),
     (2, Setting("dense", "full_shard", 2, steps=2, dropout=0.0, recompute="selective")),
-    pytest.param(1, Setting("prmoe", None, 2, steps=2, dropout=0.0), marks=pytest.mark.slow),
+    pytest.param(1, Setting("prmoe", None, 2, steps=2, dropout=0.0), marks=pytest.mark.release),
 ]
 
 

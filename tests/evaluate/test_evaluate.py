@@ -107,11 +107,16 @@ def test_mistakes_are_all_named(tmp_path, capsys):
     bad = write(tmp_path / "bad.jsonl", [{"question": "q"}])
     with pytest.raises(UserError, match=r"bad\.jsonl:1: .*no field 'answer'"):
         read_task(TaskConfig(kind="questions", file=bad))
-    known = [{"question": f"{n}?", "answer": "1", "held_out": n == 1} for n in range(3)]
+    known = [{"question": f"{n}?", "answer": "1", "held_out": n == 1, "kind": "ab"[n % 2]} for n in range(3)]
     file = write(tmp_path / "known.jsonl", known)
     for held_out, ids in ((None, [1, 2, 3]), (True, [2]), (False, [1, 3])):
         task = TaskConfig(kind="questions", file=file, held_out=held_out)
         assert [question.id for question in read_task(task).questions] == ids and not list(task.problems())
+    kept = read_task(TaskConfig(kind="questions", file=file, kinds=["b"])).questions
+    assert [question.id for question in kept] == [2]
+    with pytest.raises(UserError, match=r"no question of kinds \['c'\]; there are \['a', 'b'\]"):
+        read_task(TaskConfig(kind="questions", file=file, kinds=["a", "c"]))
+    assert "kinds: jsquad does not tell" in str(list(TaskConfig(kind="jsquad", file=file, kinds=["a"]).problems()))
     assert "held_out: jsquad does not tell" in str(list(TaskConfig(kind="jsquad", file=file, held_out=True).problems()))
 
 

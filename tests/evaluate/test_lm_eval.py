@@ -121,25 +121,32 @@ def compared(tmp_path_factory):
     state = read_model(dense).model.state_dict()
     lora = {"rank": 4, "alpha": 8, "experts": {"num_experts": 3, "top_k": 2}}
     adapters = make_run(folder / "lora_moe", folder / "bytes", state, lora=lora)
-    for run in (dense, experts):
+    byte_level(folder / "talks")  # the same with a chat template
+    talks = make_run(folder / "talking", folder / "talks")
+    for run in (dense, experts, talks):
         assert cli("convert", "to-hf", run, folder / f"{run.name}_hf") == 0
     tasks = make_tasks(folder / "tasks")
     models = [f"ours:{dense}", f"hf:{folder / 'dense_hf'}", f"ours:{experts}", f"hf:{folder / 'moe_hf'}"]
     models += [f"ours:{adapters}", f"ours:{folder / 'moe_hf'}"]
+    models += [
+        f"{kind}-chat:{place}" for kind, place in (("ours", talks), ("hf", f"{talks}_hf"), ("ours", f"{talks}_hf"))
+    ]
+    models += [f"ours:{talks}", f"recipe:{talks}", f"recipe:{dense}"]
     printed = run_with_peer(packages, PEER, tasks, *models)
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("RESULT "))[7:])
     return [found[name] for name in models]
 
 
-def same(a, b):
+def same(a, b, tasks=("choices", "written", "texts")):
     """Scores are equal, and behind them every answer and likelihood (to rounding)."""
-    assert a["scores"].keys() == b["scores"].keys() == {"choices", "written", "texts"}
+    assert a["scores"].keys() == b["scores"].keys() == set(tasks)
     seen = 0
     for task in a["scores"]:
         for metric, value in a["scores"][task].items():
             assert value == pytest.approx(b["scores"][task][metric], rel=1e-5), (task, metric)
             seen += 1
-    assert seen >= 5
+    assert seen >= 2 * len(tasks) - 1
+    assert a["prompts"] == b["prompts"]
     assert a["answers"]["written"] == b["answers"]["written"]
     for ours, theirs in zip(a["answers"]["choices"], b["answers"]["choices"], strict=True):
         for (x, greedy), (y, likewise) in zip(ours, theirs, strict=True):
@@ -148,7 +155,7 @@ def same(a, b):
 
 @pytest.mark.oracle
 def test_our_checkpoint_scores_as_their_class_does_on_the_exported_folder(compared):
-    dense, dense_hf, moe, moe_hf, _, _ = compared
+    dense, dense_hf, moe, moe_hf, *_ = compared
     same(dense, dense_hf)
     same(moe, moe_hf)
     assert {len(set(map(str, one["answers"]["written"]))) > 6 for one in (dense, moe)} == {True}  # they say something
@@ -156,11 +163,34 @@ def test_our_checkpoint_scores_as_their_class_does_on_the_exported_folder(compar
 
 @pytest.mark.oracle
 def test_adapters_and_folders(compared):
-    dense, _, moe, moe_hf, adapters, ours_of_theirs = compared
+    dense, _, moe, moe_hf, adapters, ours_of_theirs, *_ = compared
     same(adapters, dense)  # experts of adapters whose second half is zero are the base
     same(ours_of_theirs, moe_hf)
     with pytest.raises(AssertionError):  # the mutant: other weights have other scores
         same(moe, dense)
+
+
+@pytest.mark.oracle
+def test_conversations_by_the_chat_template(compared):
+    """Examples are turns, special pieces are one id, and a checkpoint's scores are those of the exported folder."""
+    chat, chat_hf, ours_of_theirs, plain, _, _ = compared[6:]
+    same(chat, chat_hf, ("choices", "written"))
+    same(chat, ours_of_theirs, ("choices", "written"))
+    prompts = [prompt for rows in chat["prompts"].values() for prompt in rows]
+    assert len(prompts) == 24
+    for prompt in prompts:
+        assert prompt.count("<|im_start|>user\n") == 3 and prompt.count("<|im_start|>assistant\n") == 3
+        assert prompt.endswith("<|im_start|>assistant\n")
+    for task in ("choices", "written"):  # the mutant: without the template other text is asked, and answered otherwise
+        assert plain["prompts"][task] != chat["prompts"][task] and plain["answers"][task] != chat["answers"][task]
+
+
+@pytest.mark.oracle
+def test_a_recipe_asks_by_the_chat_template(compared):
+    done, refused = compared[-2:]
+    assert done["result"]["ask"] == "lm_eval choices, chat" and done["result"]["n"] == len(done["rows"]) == 3
+    assert [row["question"] for row in done["rows"]] == compared[6]["prompts"]["choices"][:3]
+    assert refused["error"][0].endswith("with --tokenizer") and "has no chat template" in refused["error"][0]
 
 
 def test_a_task_without_the_harness_is_one_sentence(tmp_path):

@@ -20,6 +20,7 @@ from unittest import mock
 import lightning.pytorch as L
 import torch
 from helpers import cli, trajectory
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from ranks import free_port, rank_environment
 
 from llmrecipes.callbacks import loss_curve
@@ -53,7 +54,8 @@ def parsed(folder: Path, words: tuple, variables: dict[str, str]) -> RecipeCLI:
         before = Path.cwd()
         os.chdir(folder)
         try:
-            with mock.patch.dict(os.environ, variables):
+            # The Trainer tells everybody its rank; this process, which goes on to other tests, has none.
+            with mock.patch.dict(os.environ, variables), mock.patch.object(rank_zero_only, "rank", 0):
                 _parsed[key] = RecipeCLI("fit", list(options))
         finally:
             os.chdir(before)
@@ -106,6 +108,7 @@ class Job:
                 os.dup2(file.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             os.environ.update(variables)
+            rank_zero_only.rank = rank
             os.chdir(self.folder)
             for module in (loss_curve, fit_module):
                 module.draw_loss_curve = lambda metrics, picture: False  # takes longer than a run

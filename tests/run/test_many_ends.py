@@ -95,7 +95,7 @@ def test_signals_at_many_instants_to_anybody_lose_nothing(tmp_path, recipe, job,
     config = many(long_recipe(recipe, steps))
     assert job(config=config, root=whole.parent).wait() == [0, 0]
     stops = 0
-    while stops < 20 // stride(2):
+    while stops < 20 // stride(4):
         running = job(config=config, root=broken.parent)
         if stops % 4 == 3:
             time.sleep(choose.uniform(0.0, 2.0))  # anywhere in its start

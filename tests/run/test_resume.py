@@ -119,8 +119,8 @@ print("killed", kills, "then", os.waitstatus_to_exitcode(status))
 """
 
 
-def test_twenty_kills_at_random_instants_lose_nothing(tmp_path, recipe):
-    steps = 240
+def test_twenty_kills_at_random_instants_lose_nothing(tmp_path, recipe, stride):
+    kills, steps = 20 // stride(2), 240 // stride(2)
     config = recipe(moe=True, steps=steps)
     config["checkpoint"]["every"] = "5 steps"
     config["trainer"]["val_check_interval"] = 40
@@ -133,11 +133,11 @@ def test_twenty_kills_at_random_instants_lose_nothing(tmp_path, recipe):
         assert done.stdout.strip() == f"killed {kills} then 0", done.stdout + done.stderr
         return trajectory(tmp_path / root / "moe")
 
-    killed, whole = run(20, "killed"), run(0, "whole")
+    killed, whole = run(kills, "killed"), run(0, "whole")
     assert len([r for r in whole if "loss" in r]) == steps
     assert killed == whole
     log = (tmp_path / "killed" / "moe" / "log.txt").read_text(encoding="utf-8")
-    assert log.count("resuming from") >= 10
+    assert log.count("resuming from") >= kills // 2
 
 
 def test_sigterm_saves_at_a_step_boundary_and_exits_75(tmp_path, recipe):

@@ -40,7 +40,9 @@ def model(folder):
     return read_tensors(folder / "checkpoints" / f"step={STEPS:06d}", "model")
 
 
-@pytest.mark.parametrize("point", [None, "write_rollbacks", "go_back"])
+@pytest.mark.parametrize(
+    "point", [*(pytest.param(p, marks=pytest.mark.release) for p in (None, "write_rollbacks")), "go_back"]
+)
 def test_rollback_on_two_ranks_is_the_clean_run_that_skipped(tmp_path, recipe, point):
     path = write(tmp_path, recipe, "run", 2, **SPIKE)
     if point:

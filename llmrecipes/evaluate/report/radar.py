@@ -23,7 +23,10 @@ def draw_radar(runs: Sequence[Run], folder: Path) -> list[tuple[str, str, Path]]
         return []
     path = folder / "radar.png"
     save(lambda figure: _radar(figure, found, names), (6.5, 6), path)
-    return [("MT-Bench by category", "mean mark of each category over both turns, 1 to 10", path)]
+    said = "mean mark of each category over both turns, 1 to 10"
+    gaps = [f"{name}: {', '.join(n for n in names if n not in values)}" for name, values in found]
+    gaps = [gap for gap in gaps if not gap.endswith(": ")]
+    return [("MT-Bench by category", "; ".join([said, *(f"no mark, a gap in the line, {gap}" for gap in gaps)]), path)]
 
 
 def _place(name: str) -> tuple[int]:

@@ -57,7 +57,9 @@ def draw_scatter(
     path = folder / "scatter.png"
     save(lambda figure: _scatter(figure, [*others, *own], axes), (8, 6), path)
     beside = f"grey: {references.name}" if references is not None else "no reference models (--reference FILE.csv)"
-    return [(f"{axes[1]} against {axes[0]}", f"bars: 95% intervals; {beside}", path)]
+    lacking = [(run.name, [axis for axis in axes if axis not in figures_of(run)]) for run in runs]
+    left_out = [f"{name} is not there, it has no {axis[0]}" for name, axis in lacking if len(axis) == 1]
+    return [(f"{axes[1]} against {axes[0]}", "; ".join(["bars: 95% intervals", beside, *left_out]), path)]
 
 
 def figures_of(run: Run) -> dict[str, tuple[float, float, float]]:
