@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/llmrecipes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real check test test-all bench-setup bench bench-full clean
+.PHONY: help setup demo real life check test test-all bench-setup bench bench-full clean
 
 help:  ## this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,40 @@ SAMPLE ?= 30_000_000
 real: $(VENV)/.done  ## tokenizer and shards of a real corpus (CORPUS=folder); then see recipes/cpu/real_corpus.yaml
 	$(RUN) data tokenizer --input $(REAL_TEXT) --output $(REAL)/tokenizer --vocab_size $(VOCAB) --sample_bytes $(SAMPLE)
 	$(RUN) data tokenize --input $(REAL_TEXT) --tokenizer $(REAL)/tokenizer --output_dir $(REAL)/shards
+
+# The same life-cycle on real text: recipes/life, laid over recipes/cpu. docs/real_run.md has what was measured.
+comma := ,
+LIFE_DOMAINS := ja_wiki ja_novel ja_dialogue en math
+LIFE_TEXT := $(LIFE_DOMAINS:%=$(CORPUS)/%.jsonl.gz)
+LIFE_SOURCES := $(foreach name,$(LIFE_DOMAINS),"$(name)": ["$(CORPUS)/$(name).jsonl.gz"]$(comma))
+LIFE_EXPERTS := runs/life_lora_ja_wiki runs/life_lora_ja_novel runs/life_lora_math
+LIFE_CHAT := runs/life_router runs/life_sft runs/life_dpo
+LIFE_FIT = $(RUN) fit --config recipes/cpu/$(1).yaml --config recipes/life/$(1).yaml
+
+data/life/.done: $(VENV)/.done
+	$(RUN) data tokenizer --input $(LIFE_TEXT) --output data/life/tokenizer --vocab_size 6000 --sample_bytes 10_000_000 --overwrite true
+	$(RUN) data mix --config recipes/data/life.yaml --sources '{$(LIFE_SOURCES)}'
+	$(foreach name,$(LIFE_DOMAINS),$(RUN) data tokenize --input data/life/text/$(name)/*.jsonl.gz --tokenizer data/life/tokenizer --output data/life/shards/$(name) --overwrite true && ) \
+	$(RUN) data tokenize --input data/life/text/valid/*.jsonl.gz --tokenizer data/life/tokenizer --output_dir data/life/shards/valid --overwrite true
+	touch $@
+runs/life_seed/DONE: data/life/.done
+	$(call LIFE_FIT,dense_pretrain)
+runs/life_lora_%/DONE: runs/life_seed/DONE
+	$(call LIFE_FIT,lora_expert) --name life_lora_$* --data.init_args.train '{"data/life/shards/$*": 1.0}'
+models/life_experts/model.yaml: $(LIFE_EXPERTS:%=%/DONE)
+	rm -rf models/life_experts
+	$(RUN) merge lora runs/life_seed models/life_experts --experts $(LIFE_EXPERTS)
+runs/life_router/DONE: models/life_experts/model.yaml
+	$(call LIFE_FIT,router_train)
+runs/life_sft/DONE: runs/life_router/DONE
+	$(call LIFE_FIT,sft)
+runs/life_dpo/DONE: runs/life_sft/DONE
+	$(call LIFE_FIT,dpo)
+runs/%/evaluation/life/summary.json: runs/%/DONE
+	$(RUN) evaluate --config recipes/eval/life.yaml --model runs/$*
+
+life: $(patsubst %,%/evaluation/life/summary.json,runs/life_seed $(LIFE_CHAT))  ## the whole life-cycle on a real corpus (CORPUS=folder) and real questions: half an hour; docs/real_run.md
+	$(RUN) report runs/life_seed $(LIFE_EXPERTS) $(LIFE_CHAT) --output runs/life_report --title "make life: real text"
 
 check: $(VENV)/.done  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

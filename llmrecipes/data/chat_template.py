@@ -131,6 +131,11 @@ def find_template(folder: Path, named: str | None, eos: str | None = None) -> Ch
     return ChatTemplate(own, str(folder), special) if own else None
 
 
+def named_end(folder: Path) -> str | None:
+    """The piece that the tokenizer's configuration calls the end, as fine-tuning trains it; None: it names none."""
+    return _text(_config(folder).get("eos_token")) or None
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     if not path.is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmrecipes.data import Tokenizer
-from llmrecipes.data.chat_template import ChatTemplate, find_template
+from llmrecipes.data.chat_template import ChatTemplate, find_template, named_end
 from llmrecipes.errors import UserError
 from llmrecipes.inference.prompts import Message
 
@@ -91,8 +91,10 @@ class PlainCodec:
 
     @cached_property
     def eos_ids(self) -> list[int]:
-        """The piece that ends a document."""
-        return [self._tokenizer.eos_id]
+        """The piece that ends a document, and the one that fine-tuning trains as the end where it is another."""
+        own, named = self._tokenizer.eos_id, named_end(self.folder)
+        found = None if named is None else self._tokenizer.piece_id(named)
+        return [own] if found is None or found == own else [own, found]
 
     def encode(self, text: str) -> list[int]:
         """See :class:`Codec`."""

@@ -113,6 +113,22 @@ def test_other_validation_sets_are_not_compared(runs, tmp_path):
     assert lifecycle(read_runs([other])) == []
 
 
+def test_validation_sets_of_their_own_are_compared_too(tmp_path):
+    """Whole shards of `valid`, whatever is trained on; other shards under the same names are other figures."""
+    valid = {"valid": {name: f"data/held_out/{name}" for name in ("towns", "sums")}, "split": "1,0,0"}
+    found = [
+        make_run(tmp_path, "seed", "PretrainModule", {4: losses(2, 2)}, SHARDS, **valid),
+        make_run(tmp_path, "towns", "LoraExpertModule", {0: losses(2, 2), 9: losses(1, 3)}, SHARDS[:1], **valid),
+    ]
+    assert rows(lifecycle(read_runs(found))[0]) == {
+        "seed": ["2.0000", "2.0000", "2.0000"],
+        "towns": ["1.0000*", "3.0000", "2.0000"],
+    }
+    other = valid | {"valid": {name: f"data/others/{name}" for name in ("towns", "sums")}}
+    other_run = make_run(tmp_path, "other", "PretrainModule", {4: losses(0.1, 0.1)}, SHARDS, **other)
+    assert "other" not in rows(lifecycle(read_runs([*found, other_run]))[0])
+
+
 def test_the_console_and_the_page_show_the_same(runs, tmp_path, capsys):
     assert cli("report", *runs, "--output", tmp_path / "out") == 0
     shown = capsys.readouterr().out

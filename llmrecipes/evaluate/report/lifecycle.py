@@ -136,13 +136,16 @@ def _own(run: Run) -> set[str]:
 
 
 def _sets(run: Run) -> tuple[Any, ...]:
-    """What decides the windows of a run's validation sets; () where they are not parts of shards."""
+    """What decides the windows of a run's validation sets; () where they are not of shards."""
     data = run.setting("data", "init_args") or {}
-    shards = data.get("valid_from") or list(data.get("train") or {})
-    if data.get("valid") or not str(run.setting("data", "class_path")).endswith("PackedShards"):
+    if not str(run.setting("data", "class_path")).endswith("PackedShards"):
         return ()
     rows = (data.get("valid_batches") or 0) * (data.get("micro_batch") or 0)
-    return (*sorted(shards), data.get("split"), data.get("seq_len"), data.get("document_mask"), rows)
+    same = (data.get("seq_len"), data.get("document_mask"), rows)
+    if data.get("valid"):  # whole shards, whatever is trained on
+        return (*sorted(data["valid"].items()), *same)
+    shards = data.get("valid_from") or list(data.get("train") or {})
+    return (*sorted(shards), data.get("split"), *same)
 
 
 # ---- before and after
