@@ -68,7 +68,8 @@ def _from_spacy(name: str, folder: Path) -> WordVectors:
     if not (places := sorted(folder.glob(f"{name}-*/vocab/vectors"))):
         raise UserError(f"vectors: the package {name} holds no word vectors; ja_ginza does")
     vocab = places[-1].parent
-    strings_of, vectors_of = need("spacy.strings", "spacy").StringStore, need("spacy.vectors", "spacy").Vectors
+    strings_of = need("spacy.strings", "spacy", "noise").StringStore
+    vectors_of = need("spacy.vectors", "spacy", "noise").Vectors
     strings = strings_of().from_disk(vocab / "strings.json")
     rows = vectors_of(strings=strings).from_disk(vocab)
     known = {word: row for word in strings if (row := rows.key2row.get(strings[word])) is not None}

@@ -137,6 +137,41 @@ def test_sent_as_the_site_says(work, monkeypatch, capsys):
     assert "invalid partition" in capsys.readouterr().err
 
 
+def test_a_newcomers_array_takes_a_recipe_and_the_variables_block(recipe, tmp_path, monkeypatch, capsys):
+    """A fresh copy of `slurm/`, its block edited line by line, and one recipe: nothing else is edited."""
+    shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm")
+    before = {path: path.read_bytes() for path in (tmp_path / "slurm").iterdir() if path.name != "site.sh"}
+    site = tmp_path / "slurm" / "site.sh"
+    text, edited = (
+        site.read_text(),
+        {"# export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=mylab": "export SBATCH_PARTITION=long"},
+    )
+    edited |= {"INTERFACE=${INTERFACE:-}": "INTERFACE=ib0"}
+    for line, instead in edited.items():
+        assert text.count(f"\n{line}\n") == 1, "the block has no such line to edit"
+        text = text.replace(line, instead)
+    site.write_text(text)
+    write_recipe(tmp_path, recipe() | {"name": "mine"}, "mine.yaml")
+    stand_in = tmp_path / "bin" / "sbatch"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        '#!/bin/bash\necho "$SBATCH_PARTITION $NCCL_SOCKET_IFNAME $*" > told; cp "${!#}" job; echo 17\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert cli("submit", "mine.yaml", "--chain", 3, "--submit", "true") == 0
+    assert "runs/mine.sbatch sent as job 17" in capsys.readouterr().out
+    assert (tmp_path / "told").read_text() == "long ib0 --parsable runs/mine.sbatch\n"
+    assert options((tmp_path / "job").read_text())["array"] == "1-3%1"
+    assert len(before) == 9 and all(path.read_bytes() == data for path, data in before.items())
+    # what is not there yet is named, with what to do; and the job can be looked at before
+    write_recipe(tmp_path, recipe(train={"data/none": 1.0}) | {"name": "later"}, "later.yaml")
+    assert cli("submit", "later.yaml", "--chain", 3) == 2
+    assert "data/none.bin" in (error := capsys.readouterr().err) and "llmrecipes data tokenize" in error
+    assert cli("submit", "later.yaml", "--chain", 3, "--without_files") == 0
+
+
 def test_somewhere_else(work, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(work))
     assert cli("submit", "wide.yaml", "--submit", "true") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def plan_of(path: Path, card: str):
     return make_plan(job, parse_gpus(f"{job.ranks}x{card}"), mfu=0.4)
 
 
+def says_so(path: Path, device: float) -> bool:
+    """Whether a recipe's header names the memory that is planned; False where it names none."""
+    found = re.search(r"([\d.]+) GB (?:per GPU )?by plan", path.read_text(encoding="utf-8"))
+    if found is not None:
+        assert float(found[1]) == pytest.approx(device / 1e9, rel=0.05), f"{path}: {found[0]}, {device / 1e9:.2g}"
+    return found is not None
+
+
 def test_all_were_seen():
     assert {path.stem for path in SMALL} == {
         "pretrain_dense",
@@ -52,6 +61,7 @@ def test_fits_a_card_of_24_gb(path):
     found = plan_of(path, "RTX3090")
     assert found.job.ranks == 1 and found.memory.device <= 24e9
     assert found.fits, f"{found.memory.device / 1e9:.1f} GB of {found.usable / 1e9:.1f} that training may fill"
+    assert says_so(path, found.memory.device)
     schedule = read_recipe(*command_of(path)).data["model"]["init_args"]["schedule"]["init_args"]
     assert schedule["decay"] is None, "the rate falls over the whole run"
 
@@ -65,9 +75,12 @@ def test_evaluation_fits_a_card_of_24_gb():
 
 
 def test_cluster_recipes_fit_cards_of_80_gb(stride):
+    said = 0
     for path in CLUSTER[:: stride(6)]:
         found = plan_of(path, "H100-80G")
         assert found.fits, f"{path}: {found.memory.device / 2**30:.1f} GiB"
+        said += says_so(path, found.memory.device)
+    assert said >= (17 if stride(6) == 1 else 2)
 
 
 # ---- started, small
