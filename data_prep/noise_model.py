@@ -1,4 +1,4 @@
-"""Two classifiers of texts behind one interface; their files hold numbers and text, never code."""
+"""Classifiers of texts behind one interface; their files hold numbers and text, never code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from data_prep.frame.extras import need
 from data_prep.frame.records import write_json
+from data_prep.noise_vectors import VectorsModel
+from data_prep.word_vectors import WordVectors
 from llmrecipes.errors import UserError
 
 
@@ -27,8 +29,10 @@ class NoiseModel(Protocol):
         """Writes the model, and `settings` with it."""
 
 
-def new_model(kind: str, words: bool, ngrams: int, seed: int) -> NoiseModel:
-    """An untrained model."""
+def new_model(kind: str, words: bool, ngrams: int, seed: int, vectors: WordVectors | None = None) -> NoiseModel:
+    """An untrained model; `vectors` is for the kind of that name."""
+    if vectors is not None:
+        return VectorsModel(vectors, seed)
     return TfidfModel(ngrams, words, seed) if kind == "tfidf" else FastTextModel(seed)
 
 
@@ -42,7 +46,8 @@ def load_model(folder: Path) -> tuple[NoiseModel, dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"{folder}: no noise.json in it; make the model with llmrecipes data noise train")
     settings = json.loads(file.read_text())
-    return (TfidfModel if settings["kind"] == "tfidf" else FastTextModel).load(folder, settings), settings
+    kinds: dict[str, Any] = {"tfidf": TfidfModel, "fasttext": FastTextModel, "vectors": VectorsModel}
+    return kinds[settings["kind"]].load(folder, settings), settings
 
 
 class TfidfModel:

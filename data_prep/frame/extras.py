@@ -1,4 +1,4 @@
-"""Libraries that only data preparation needs: `pip install 'llmrecipes[data]'`."""
+"""Libraries that only data preparation needs: `pip install 'llmrecipes[data]'`, or a smaller extra beside it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import ModuleType
 from llmrecipes.errors import UserError
 
 
-def need(module: str, package: str | None = None) -> ModuleType:
-    """Imports a module of the extra `data`.
+def need(module: str, package: str | None = None, extra: str = "data") -> ModuleType:
+    """Imports a module of an extra.
 
     Raises:
         UserError: it is not installed.
@@ -19,4 +19,4 @@ def need(module: str, package: str | None = None) -> ModuleType:
     except ImportError as error:
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
             raise  # it is there, and broken in itself: not for us to explain
-        raise UserError(f"{package or module} is not installed: pip install 'llmrecipes[data]'") from None
+        raise UserError(f"{package or module} is not installed: pip install 'llmrecipes[{extra}]'") from None

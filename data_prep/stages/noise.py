@@ -23,6 +23,7 @@ from data_prep.frame.records import Broken, Document, read_documents
 from data_prep.frame.shards import Shard, find_shards
 from data_prep.noise_model import NoiseModel, load_model, new_model
 from data_prep.noise_report import Report, evaluate_scores, threshold_for
+from data_prep.word_vectors import WordVectors, read_vectors
 from llmrecipes.errors import UserError
 
 
@@ -52,7 +53,9 @@ class NoiseTrainConfig:
     Args:
         labels: the labelled texts.
         output: folder for the model and report.json.
-        model: tfidf is TF-IDF and logistic regression; fasttext is the source systems' choice.
+        model: tfidf is TF-IDF and logistic regression; vectors is the mean of word vectors and support vectors, better
+            by two points, and needs fugashi and `vectors`; fasttext is the source systems' choice.
+        vectors: for model vectors, a word2vec text file (or .gz) or an installed spaCy package (ja_ginza).
         words: tfidf also looks at words and pairs of words; better by a point, needs fugashi, and is slower.
         ngrams: tfidf looks at runs of 1 to so many characters.
         false_positives: share of good documents that may be dropped; decides the threshold.
@@ -63,7 +66,8 @@ class NoiseTrainConfig:
 
     labels: Labels
     output: str
-    model: Literal["tfidf", "fasttext"] = "tfidf"
+    model: Literal["tfidf", "vectors", "fasttext"] = "tfidf"
+    vectors: str | None = None
     words: bool = False
     ngrams: int = 3
     false_positives: float = 0.05
@@ -77,6 +81,13 @@ class NoiseTrainConfig:
             yield ("false_positives",), "false_positives: a share between 0 and 1", "write 0.05"
         if self.folds < 2:
             yield ("folds",), "folds: cross-validation needs at least 2", "write 5"
+        if (self.model == "vectors") != (self.vectors is not None):
+            what = "name a word2vec text file, or ja_ginza after pip install 'llmrecipes[noise]'"
+            yield (
+                ("vectors",),
+                f"vectors: {self.vectors} with model {self.model}",
+                what if not self.vectors else "write null",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +142,9 @@ def train(config: NoiseTrainConfig) -> None:
     if folder.exists() and not config.overwrite:
         raise UserError(f"{folder}: exists already; choose another output or say --overwrite true")
     texts, is_noise = read_labels(config.labels)
-    report = cross_validate(config, texts, is_noise)
-    model = new_model(config.model, config.words, config.ngrams, config.seed)
+    vectors = read_vectors(config.vectors) if config.vectors else None
+    report = cross_validate(config, texts, is_noise, vectors)
+    model = new_model(config.model, config.words, config.ngrams, config.seed, vectors)
     model.fit(texts, is_noise)
     model.save(folder, {"threshold": report.threshold, "report": report.to_json()})
     print(report.table())
@@ -259,7 +271,9 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
                 yield number, record if isinstance(record, dict) else {}
 
 
-def cross_validate(config: NoiseTrainConfig, texts: list[str], is_noise: np.ndarray) -> Report:
+def cross_validate(
+    config: NoiseTrainConfig, texts: list[str], is_noise: np.ndarray, vectors: WordVectors | None
+) -> Report:
     """Each text scored by a model that has not seen it; the threshold is chosen on these scores."""
     smallest = int(min(is_noise.sum(), (~is_noise).sum()))
     if smallest < config.folds:
@@ -267,7 +281,7 @@ def cross_validate(config: NoiseTrainConfig, texts: list[str], is_noise: np.ndar
     fold = folds_of(texts, is_noise, config.folds, config.seed)
     scores = np.zeros(len(texts))
     for number in range(config.folds):
-        model = new_model(config.model, config.words, config.ngrams, config.seed)
+        model = new_model(config.model, config.words, config.ngrams, config.seed, vectors)
         model.fit([text for text, f in zip(texts, fold, strict=True) if f != number], is_noise[fold != number])
         scores[fold == number] = model.probability([t for t, f in zip(texts, fold, strict=True) if f == number])
     return evaluate_scores(scores, is_noise, threshold_for(scores, is_noise, config.false_positives))
