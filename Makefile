@@ -53,8 +53,6 @@ runs/dpo_cpu/DONE: runs/sft_cpu/DONE
 runs/%/evaluation/held_out/summary.json: runs/%/DONE
 	$(EVALUATE) --model runs/$*
 
-# One thread: the demo's matrices are too small to be divided among cores.
-demo: export OMP_NUM_THREADS ?= 1
 demo: $(CHAT:%=%/evaluation/held_out/summary.json)  ## from nothing to a chat model of experts: the whole life-cycle, and what each stage changed
 	$(RUN) report $(SEED) $(EXPERTS) $(CHAT) --output runs/report --title "make demo"
 	@echo
