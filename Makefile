@@ -114,10 +114,10 @@ check: $(VENV)/.done  ## format, lint, types, layers
 # for a machine that does other things too: some tests kill and time processes.
 WORKERS ?= 2
 test: $(VENV)/.done  ## all tests; every second to seventh case of the large matrices
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.done  ## all tests, large matrices whole: before a release
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --all
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --all
 
 # The libraries we compare with, in an environment of their own; see docs/performance.md.
 PEERS ?= .venv-peers
