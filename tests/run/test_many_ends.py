@@ -81,7 +81,7 @@ def test_a_stop_file_and_a_time_limit(tmp_path, job):
     assert f"{run}/STOP exists: stopped after step" in running.text("out", 0)
     assert not (run / "STOP").exists()
     (first,) = saved_steps(run)
-    running = job(words=["--stop.time_limit", "8s"])
+    running = job(words=["--stop.time_limit", "8s"], before=slowly)
     assert running.wait() == [75, 75], running.errors()
     assert "time limit 8s: stopped after step" in running.text("out", 0)
     assert max(saved_steps(run)) > first
@@ -150,6 +150,17 @@ def test_a_dead_or_stopped_rank_is_named(tmp_path, job, number, victim):
     assert f"rank {victim} (pid {running.pids[victim]} on {os.uname().nodename})" in line, line
     assert "is dead or stopped" in line or "closed the connection" in line
     assert line.endswith("no checkpoint was written yet")
+
+
+def slowly(rank):
+    """Steps that take time and no work."""
+    read = PackedShards.step_batch
+
+    def slow(self, number):
+        time.sleep(0.2)
+        return read(self, number)
+
+    PackedShards.step_batch = slow
 
 
 def stall(rank, step):
