@@ -44,7 +44,7 @@ def test_mutant_without_the_gradient_of_the_root_differs(monkeypatch):
     class Mutant(right):
         @staticmethod
         def backward(ctx, grad):
-            x, weight, inverse = ctx.saved_tensors
+            _, weight, inverse = ctx.saved_tensors
             _, of_weight, _ = right.backward(ctx, grad)
             return grad * weight * inverse, of_weight, None
 

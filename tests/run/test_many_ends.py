@@ -81,9 +81,9 @@ def test_a_stop_file_and_a_time_limit(tmp_path, job):
     assert f"{run}/STOP exists: stopped after step" in running.text("out", 0)
     assert not (run / "STOP").exists()
     (first,) = saved_steps(run)
-    running = job(words=["--stop.time_limit", "8s"], before=slowly)
+    running = job(words=["--stop.time_limit", "15s"], before=slowly)
     assert running.wait() == [75, 75], running.errors()
-    assert "time limit 8s: stopped after step" in running.text("out", 0)
+    assert "time limit 15s: stopped after step" in running.text("out", 0)
     assert max(saved_steps(run)) > first
 
 
