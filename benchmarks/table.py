@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.paired import Figures, Group, Peer, Ratio, figures, middle, ratio, void_reason
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+NAME = "benchmarks"
 HEAD = (
     "| settings | program | per CPU-s | per s | CPU-s | peak MiB | GFLOP/CPU-s | of matmul "
     "| ours / it: speed | ours / it: memory | aim |\n"
@@ -91,14 +91,20 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def put_between_markers(document: Path, text: str) -> None:
+def markers(name: str = NAME) -> tuple[str, str]:
+    """The lines of a document between which a program writes."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def put_between_markers(document: Path, text: str, name: str = NAME) -> None:
     """Replace what stands between the markers of a document.
 
     Raises:
         ValueError: the document has no such markers.
     """
-    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers(name)
+    before, begin, rest = document.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{document}: no line {BEGIN} followed by {END}")
-    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{document}: no line {first} followed by {last}")
+    document.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.cases import TITLES, groups
 from benchmarks.meter import Meter, peak_memory, write_record
 from benchmarks.paired import Group, Peer, Plan, Program, Ratio, figures, ratio, run_group, void_reason
-from benchmarks.table import BEGIN, END, group_rows, put_between_markers, tables
+from benchmarks.table import group_rows, markers, put_between_markers, tables
 
 WORKER = str(Path(__file__).with_name("fake_worker.py"))
 
@@ -103,7 +103,8 @@ def test_share_of_the_machines_matmul_rate():
 
 def test_the_table_replaces_what_stands_between_the_markers(tmp_path):
     document = tmp_path / "performance.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    begin, end = markers()
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     group = a_group(Program("ours", ()))
     put_between_markers(document, tables([group], {group.key: {"ours": [record(2.0)]}}, {"A": "dense", "B": "experts"}))
     text = document.read_text()
