@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ def tables(groups: Sequence[Group], results: Mapping[str, Any], titles: Mapping[
 def group_rows(group: Group, records: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Ours, then the peers."""
     ours = records.get(group.ours.name, [])
-    rows = [_row(group, group.ours.name, ours, "", "", "")]
+    rows = [_row(group, group.ours.name, ours, "", "", _limit_text(group, ours))]
     for peer in group.peers:
         theirs = records.get(peer.program.name)
         if theirs is not None:
             rows.append(_peer_row(group, peer, ours, theirs))
     return rows
+
+
+def _limit_text(group: Group, records: list[dict[str, Any]]) -> str:
+    good = [figures(record, group.work, group.measure).cpu for record in records if "error" not in record]
+    if group.limit is None or not good:
+        return ""
+    return f"CPU-s <= {group.limit:g}: {'yes' if statistics.median(good) <= group.limit else 'NO'}"
 
 
 def _peer_row(group: Group, peer: Peer, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:

@@ -142,3 +142,17 @@ def test_meter_counts_from_the_start_of_the_process(tmp_path, monkeypatch):
     first, second = found["units"]
     assert first["cpu"] > second["cpu"] >= 0 and first["wall"] > second["wall"]
     assert found["memory_mib"] == pytest.approx(peak_memory(), rel=0.5)
+
+
+def test_a_limit_of_ours_is_an_aim_too():
+    group = a_group(Program("ours", ()), limit=1.5)
+    assert group_rows(group, {"ours": [record(2.0)]})[0].endswith("| CPU-s <= 1.5: NO |")
+    assert group_rows(group, {"ours": [record(1.0)]})[0].endswith("| CPU-s <= 1.5: yes |")
+
+
+def test_a_command_is_timed_with_its_children_and_its_exit_code(tmp_path):
+    timed = ("{ours}", "-m", "benchmarks.workers.command_time", "--", "{ours}", "-c", "sum(range(200_000))")
+    group = a_group(Program("ours", timed), measure="first", warmup=0)
+    found = run_group(group, Plan(1, 0, 1), {"ours": sys.executable}, tmp_path)["ours"][0]
+    assert found["checks"] == [0.0]
+    assert 0 < found["units"][0]["cpu"] < 60
