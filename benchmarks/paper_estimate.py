@@ -257,11 +257,14 @@ def table(found: Estimate) -> str:
 
 def assumptions() -> str:
     """What the figures rest on."""
+    links = (
+        f"links {LINK:.0%} of {NVLINK / 1e9:.0f} GB/s within a node and {NETWORK / 1e9:.0f} GB/s a GPU between nodes"
+    )
     return (
-        f"Assumed: matrix products at most {PRODUCTS:.0%} of the peak, attention {ATTENTION:.0%}, memory {BANDWIDTH:.0%} "
-        f"of its bandwidth, {LAUNCH * 1e6:.0f} us for the smallest operation, links {LINK:.0%} of {NVLINK / 1e9:.0f} GB/s "
-        f"within a node and {NETWORK / 1e9:.0f} GB/s a GPU between nodes. Peaks and bandwidths: "
-        "llmrecipes/plan/hardware.py. No compilation, no waiting for data; every operation reads and writes memory once."
+        f"Assumed: matrix products at most {PRODUCTS:.0%} of the peak, attention {ATTENTION:.0%}, memory "
+        f"{BANDWIDTH:.0%} of its bandwidth, {LAUNCH * 1e6:.0f} us for the smallest operation, {links}. Peaks and "
+        "bandwidths: llmrecipes/plan/hardware.py. No compilation, no waiting for data; every operation reads and "
+        "writes memory once."
     )
 
 
