@@ -110,10 +110,10 @@ check: $(VENV)/.done  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One file's tests stay together, because they share runs that are expensive to make. WORKERS=0: one after the other,
-# for a machine that does other things too: some tests kill and time processes.
-WORKERS ?= 2
-test: $(VENV)/.done  ## all tests; every second to seventh case of the large matrices
+# One file's tests stay together, because they share runs that are expensive to make. Three of them for two cores:
+# many tests wait for a timeout or for a disk. WORKERS=0: one after the other.
+WORKERS ?= 3
+test: $(VENV)/.done  ## all tests, some cases of each large matrix: under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.done  ## all tests, large matrices whole: before a release

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("release")]
     folders = {folder: place for place, folder in enumerate(LONG)}
     items.sort(key=lambda item: folders.get(item.path.parent.name, len(LONG)))
+
+
+def pytest_collection_finish():
+    """All is imported: from here on no garbage collection looks at it again, in forked ranks least of all.
+
+    A collection touches every object there is; a forked process copies each page on its first touch. That was half of
+    what a short run of a forked rank cost.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

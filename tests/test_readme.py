@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import importlib
 import inspect
@@ -124,6 +125,13 @@ def test_the_command_tables_are_complete():
     assert len(exist) == 47
 
 
+@functools.cache
+def help_of(command: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "llmrecipes", command, "--help"], capture_output=True, text=True
+    ).stdout
+
+
 def mistakes(words: list[str]) -> list[str]:
     """What is wrong with the words after ``llmrecipes``, found without running them."""
     if words[0] == "data":
@@ -154,8 +162,7 @@ def mistakes(words: list[str]) -> list[str]:
         "watch",
         "sweep",
     ):
-        shown = subprocess.run([sys.executable, "-m", "llmrecipes", words[0], "--help"], capture_output=True, text=True)
-        return [word for word in words[1:] if word.startswith("--") and f"{word} " not in shown.stdout]
+        return [word for word in words[1:] if word.startswith("--") and f"{word} " not in help_of(words[0])]
     if words[0] not in (*TRAINER_COMMANDS, "check"):
         return [words[0]]
     rest = [word for word in words[1:] if word not in ("--print_config", "--without_files")]

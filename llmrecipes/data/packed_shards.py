@@ -191,7 +191,7 @@ class PackedShards(StepData):
     def _collate(self, sources: list[PackedSource], source: np.ndarray, window: np.ndarray) -> Batch:
         shape = (len(source), self.seq_len)
         tokens, labels = self._buffers.take(shape), self._buffers.take(shape)
-        lengths: list[list[int]] = [[] for _ in range(len(source))]
+        lengths: list[list[int]] | None = [[] for _ in range(len(source))] if self.document_mask else None
         alone = len(sources) == 1
         for s in [0] if alone else np.unique(source).tolist():
             rows = np.arange(len(source)) if alone else np.flatnonzero(source == s)
@@ -201,9 +201,9 @@ class PackedShards(StepData):
                     f"{sources[s].shard.bin_path}: id {largest} in windows {window[rows].tolist()[:8]} is not below "
                     f"the vocabulary size {self.vocab_size}"
                 )
-            if self.document_mask:
+            if lengths is not None:
                 sources[s].cut(window[rows], rows, labels, lengths)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths if self.document_mask else None)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths)
 
     # ---- facts
 

@@ -66,6 +66,7 @@ class PackedSource:
         self.seq_len = seq_len
         self.document_mask = document_mask
         self.start, self.stop = shard.document_range(*documents)
+        self._last = len(self) - 1
         if self.num_tokens < seq_len + 1:
             raise UserError(
                 f"{what}: {self.num_tokens} tokens in {documents[1] - documents[0]} documents, one window needs "
@@ -89,8 +90,9 @@ class PackedSource:
         # All rows (they are 0 .. B - 1) are a slice, which numpy writes faster than scattered rows.
         where = slice(None) if len(rows) == len(tokens) else rows
         tokens[where], labels[where] = ids[:, :-1], ids[:, 1:]
-        for n in np.flatnonzero(windows == len(self) - 1):
-            labels[rows[n], : self._moved_back()] = IGNORE
+        for row, window in zip(rows.tolist(), windows.tolist(), strict=True):
+            if window == self._last:
+                labels[row, : self._moved_back()] = IGNORE
         low = int(ids.min()) if ids.dtype.kind == "i" else 0
         return int(ids.max()) if low >= 0 else low
 

@@ -79,10 +79,11 @@ class StepData(L.LightningDataModule):
         """This rank's rows of optimizer step ``step``: its contiguous share of the step's ``global_batch`` samples."""
         assert self._order is not None, "setup() comes first"
         share = self.global_batch // self.data_ranks
-        first = step * self.global_batch + self.data_rank * share
+        place = self.data_rank * share
+        first = step * self.global_batch + place
         source, window = self._order.samples(first, first + share)
         batch = self._collate(self._train_sources, source, window)
-        batch.first_row = self.data_rank * share
+        batch.first_row = place
         return batch
 
     def train_dataloader(self) -> TrainStream:

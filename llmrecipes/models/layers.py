@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrecipes.recipe.model_config import ModelConfig
+
+
+class _RMSNorm(torch.autograd.Function):
+    """For a CPU, where torch has no kernel of its own for it: few passes over ``x``, and only ``x`` is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return torch.mul(x, inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        # With r = 1 / rms: dx = r g w - x r^3 mean(g w x), dw = sum of r g x over the rows.
+        x, weight, inverse = ctx.saved_tensors
+        rows, width = x.view(-1, x.shape[-1]), x.shape[-1]
+        inverse, grad = inverse.view(-1, 1), grad.reshape(-1, width)
+        product = grad * rows
+        of_weight = (inverse.t() @ product).view(-1) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight, None
+        share = (product @ weight).unsqueeze(-1).mul_(inverse.pow(3)).div_(-width)
+        of_x = torch.mul(grad, weight, out=product).mul_(inverse).addcmul_(rows, share)
+        return of_x.view(x.shape), of_weight, None
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Both of one type, fp32 or fp64. ``torch.compile`` and a GPU have a fused kernel for the plain expression."""
+    if x.device.type == "cpu" and x.is_contiguous() and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +61,7 @@ class RMSNorm(nn.Module):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             return F.rms_norm(wide, self.weight.shape, 1 + self.weight.to(wide.dtype), self.eps).to(x.dtype)
         if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return _rms_norm(x, self.weight, self.eps)
         return self.weight.to(x.dtype) * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
 

@@ -45,8 +45,8 @@ def references(shards):
 def test_every_strategy_is_the_single_process(ranks, shards, references, stride):
     settings = list(cases(ranks))
     assert len(settings) == 5 * 2 * 3 * 3
-    settings = settings[ranks :: stride(7)] if stride(7) > 1 else settings
-    assert len(settings) in (90, 13, 12)
+    settings = settings[ranks :: stride(14)] if stride(14) > 1 else settings
+    assert len(settings) in (90, 7)
     for axis, values in (("mode", MODES), ("micro_batch", MICRO_BATCHES), ("recompute", RECOMPUTE), ("kind", KINDS)):
         assert {getattr(setting, axis) for setting in settings} == set(values)
     per_rank = run_ranks(ranks, train_all, settings, shards, timeout=600)
@@ -105,7 +105,7 @@ def test_offloaded_parameters_are_the_same(shards, references):
             assert worst(result, references["moe-loss", 2]) < TOLERANCE
 
 
-@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("every", [True, pytest.param(False, marks=pytest.mark.release)])
 def test_gradients_may_be_reduced_once_or_at_every_micro_batch(every, shards, references):
     for mode, mesh in (("no_shard", None), ("full_shard", None), ("hybrid_shard", [2, 2])):
         setting = Setting("moe-bias", mode, 1, steps=2, mesh=mesh, options={"reduce_every_micro_batch": every})

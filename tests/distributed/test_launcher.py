@@ -133,7 +133,7 @@ time.sleep(60)
 '''
 
 
-@pytest.mark.slow
+@pytest.mark.release  # tests/run/test_many_ends.py has it with a whole training
 def test_a_stopped_child_dies_with_its_parent():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     lines = [parent.stdout.readline().strip(), parent.stdout.readline().strip()]

@@ -32,7 +32,9 @@ def evaluation_fails(bad_rank: int | None, *steps: int):
     return inject
 
 
-@pytest.mark.parametrize(("ranks", "bad_rank"), [(1, None), (2, None), (2, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "bad_rank"), [(1, None), (2, None), pytest.param(2, 0, marks=pytest.mark.release), (2, 1)]
+)
 def test_the_run_goes_on(tmp_path, little, whole, ranks, bad_rank):
     case = Case(9, "evaluation that raises", ranks)
     write_recipe(tmp_path, little(ranks))

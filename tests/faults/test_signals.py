@@ -13,15 +13,16 @@ from broken_runs import STOPPED, assert_same, fit, last_step, launched
 from helpers import write_recipe
 from report import Case
 
-SIGNALS, STEPS = 20, 200
+SIGNALS, STEPS_PER_SIGNAL = 20, 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigusr1_at_random_instants(tmp_path, little, ranks, stride):
-    signals = SIGNALS // stride(2)
+    signals = SIGNALS // stride(4)
+    steps = signals * STEPS_PER_SIGNAL
     case = Case(6, "SIGUSR1 at a random instant on a random rank", ranks)
-    recipe = little(ranks, steps=STEPS)
+    recipe = little(ranks, steps=steps)
     recipe["checkpoint"]["every"] = "20 steps"
     recipe["trainer"]["val_check_interval"] = 10
     for name in ("whole", "broken"):
@@ -40,7 +41,7 @@ def test_sigusr1_at_random_instants(tmp_path, little, ranks, stride):
         assert last_step(run) == int(said) >= before
         stops.append(int(said))
         case.add(lost=last_step(run) - int(said))
-    assert stops[-1] < STEPS
+    assert stops[-1] < steps
     assert len(set(stops)) > signals / 2
     for name in ("broken", "whole"):
         fit(tmp_path / name, ranks=ranks)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers import trajectory, write_recipe
-from jobs import Job, losses, many
+from jobs import Job, SelfStarted, losses, many
 
 from llmrecipes.data import PackedShards
 
@@ -81,7 +81,7 @@ def test_a_stop_file_and_a_time_limit(tmp_path, job):
     assert f"{run}/STOP exists: stopped after step" in running.text("out", 0)
     assert not (run / "STOP").exists()
     (first,) = saved_steps(run)
-    running = job(words=["--stop.time_limit", "8s"])
+    running = job(words=["--stop.time_limit", "8s"], before=slowly)
     assert running.wait() == [75, 75], running.errors()
     assert "time limit 8s: stopped after step" in running.text("out", 0)
     assert max(saved_steps(run)) > first
@@ -91,11 +91,11 @@ def test_a_stop_file_and_a_time_limit(tmp_path, job):
 def test_signals_at_many_instants_to_anybody_lose_nothing(tmp_path, recipe, job, stride):
     """While it starts, in a step, while it saves, while it ends; to one rank, to all, to one after the other."""
     whole, broken = tmp_path / "whole" / "dense", tmp_path / "broken" / "dense"
-    steps, choose = 160, random.Random(5)
+    steps, choose = 160 // stride(2), random.Random(5)
     config = many(long_recipe(recipe, steps))
     assert job(config=config, root=whole.parent).wait() == [0, 0]
     stops = 0
-    while stops < 20 // stride(4):
+    while stops < 20 // stride(5):
         running = job(config=config, root=broken.parent)
         if stops % 4 == 3:
             time.sleep(choose.uniform(0.0, 2.0))  # anywhere in its start
@@ -130,10 +130,16 @@ def ends(running, *ranks):
 
 
 @pytest.mark.parametrize(
-    ("number", "how"), [(signal.SIGKILL, "killed"), (signal.SIGSTOP, "stopped")], ids=["KILL", "STOP"]
+    ("victim", "number"),
+    [
+        pytest.param(0, signal.SIGSTOP, id="0-STOP"),
+        pytest.param(1, signal.SIGKILL, id="1-KILL"),
+        # tests/faults has these two in make test.
+        pytest.param(0, signal.SIGKILL, id="0-KILL", marks=pytest.mark.release),
+        pytest.param(1, signal.SIGSTOP, id="1-STOP", marks=pytest.mark.release),
+    ],
 )
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_or_stopped_rank_is_named(tmp_path, job, number, how, victim):
+def test_a_dead_or_stopped_rank_is_named(tmp_path, job, number, victim):
     running = job()
     running.until_step(tmp_path / "dense", 5)
     running.send(number, victim)
@@ -144,6 +150,17 @@ def test_a_dead_or_stopped_rank_is_named(tmp_path, job, number, how, victim):
     assert f"rank {victim} (pid {running.pids[victim]} on {os.uname().nodename})" in line, line
     assert "is dead or stopped" in line or "closed the connection" in line
     assert line.endswith("no checkpoint was written yet")
+
+
+def slowly(rank):
+    """Steps that take time and no work."""
+    read = PackedShards.step_batch
+
+    def slow(self, number):
+        time.sleep(0.2)
+        return read(self, number)
+
+    PackedShards.step_batch = slow
 
 
 def stall(rank, step):
@@ -163,7 +180,7 @@ def stall(rank, step):
     return before
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.release)])
 def test_a_rank_that_hangs_in_reading_is_named_and_not_those_that_wait(job, rank):
     running = job(before=stall(rank, step=6))
     codes, lines = ends(running)
@@ -212,17 +229,20 @@ def test_ranks_with_other_settings_are_named(job):
     assert running.text("err", 1) == ""
 
 
-# ---- the launcher, with real processes
+# ---- the launcher; tests/distributed/test_launcher.py has the rest
 
 
 class Fit:
-    """``llmrecipes fit`` that starts its other rank itself, in a process group of its own."""
+    """:class:`SelfStarted` as a user starts it: every rank imports everything, which takes most of the time."""
+
+    starts_in = 1.0
 
     def __init__(self, folder, path) -> None:
         command = [sys.executable, "-m", "llmrecipes", "fit", "--config", str(path), "--run_root", str(folder)]
         self.process = subprocess.Popen(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
+        self.pid, self.send = self.process.pid, self.process.send_signal
 
     def child(self) -> int:
         """The id of the other rank."""
@@ -258,11 +278,21 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
-def test_ranks_that_the_command_starts_itself(tmp_path, recipe):
+@pytest.fixture(
+    params=[
+        pytest.param(SelfStarted, id="forked"),
+        pytest.param(Fit, id="started", marks=[pytest.mark.release, pytest.mark.slow]),
+    ]
+)
+def start(request):
+    """``start(folder, recipe)``: ``fit`` on two ranks, of which the second is started by the first."""
+    return request.param
+
+
+def test_ranks_that_the_command_starts_itself(tmp_path, recipe, start):
     """A dead child, Ctrl-C while they start, a signal to the child alone: each launch goes on from the one before."""
     run, path = tmp_path / "dense", write_recipe(tmp_path, many(long_recipe(recipe, 400)))
-    fit = Fit(tmp_path, path)
+    fit = start(tmp_path, path)
     child = fit.child()
     fit.until_step(run, 5)
     os.kill(child, signal.SIGKILL)
@@ -272,17 +302,17 @@ def test_ranks_that_the_command_starts_itself(tmp_path, recipe):
         f"error: rank 1 (pid {child} on {os.uname().nodename}) was killed by SIGKILL; no checkpoint was written yet\n",
     )
 
-    fit = Fit(tmp_path, path)
+    fit = start(tmp_path, path)
     child = fit.child()
-    time.sleep(1)  # both import torch
-    os.killpg(fit.process.pid, signal.SIGINT)
+    time.sleep(fit.starts_in)
+    os.killpg(fit.pid, signal.SIGINT)
     code, out, err = fit.end()
     assert code == 75, out + err
     assert "SIGINT on rank 0: stopped after step 0, nothing was saved" in out
     assert err == "Ctrl-C: stopping after this step; once more to stop at once\n"
     assert not alive(child)
 
-    fit = Fit(tmp_path, path)
+    fit = start(tmp_path, path)
     child = fit.child()
     fit.until_step(run, 5)
     os.kill(child, signal.SIGTERM)
@@ -291,19 +321,18 @@ def test_ranks_that_the_command_starts_itself(tmp_path, recipe):
     assert f"SIGTERM on rank 1: stopped after step {saved_steps(run)[-1]}, saved" in out
 
 
-@pytest.mark.slow
-def test_nobody_survives_the_command(tmp_path, recipe):
+def test_nobody_survives_the_command(tmp_path, recipe, start):
     """Ctrl-C twice while a child is stopped; then the same with SIGKILL."""
     run, path = tmp_path / "dense", write_recipe(tmp_path, many(long_recipe(recipe, 400), timeout=60))
     for number in (signal.SIGINT, signal.SIGKILL):
-        fit = Fit(tmp_path, path)
+        fit = start(tmp_path, path)
         child = fit.child()
         fit.until_step(run, 3)
         os.kill(child, signal.SIGSTOP)
         time.sleep(0.5)  # rank 0 waits in a collective that never ends
-        fit.process.send_signal(number)
+        fit.send(number)
         time.sleep(0.5)
-        fit.process.send_signal(number)
+        fit.send(number)
         code, _, _ = fit.end()
         assert code == {signal.SIGINT: 130, signal.SIGKILL: -9}[number]
         end = time.monotonic() + 10

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import cli, llmrecipes, trajectory, write_recipe
+from jobs import Job
 from ranks import run_ranks
 
 STEPS = 12
@@ -99,12 +100,15 @@ def single(tmp_path_factory, fp64_recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", WAYS)
+@pytest.mark.parametrize(
+    "before",
+    [pytest.param(way, marks=[pytest.mark.release] * (way in ("2 full_shard", "4 no_shard"))) for way in WAYS],
+)
 def test_saved_on_some_resumed_on_others(tmp_path, fp64_recipe, single, before, stride):
     path = write_recipe(tmp_path, fp64_recipe)
     nodes, per_node, mode, options = WAYS[before]
     names, resumed = list(WAYS), 0
-    # One of five: every way is saved on once and resumed on once.
+    # One of five: every way is saved on once and resumed on once; before a release, on all.
     after = names if stride(5) == 1 else [names[(names.index(before) + 2) % len(names)]]
     for name in after:
         nodes_after, per_node_after, mode_after, options_after = WAYS[name]
@@ -170,8 +174,9 @@ def test_the_launcher_starts_the_other_processes(tmp_path, recipe):
     config = recipe(steps=4, global_batch=8)
     config["trainer"] |= {"devices": 2, "strategy": {"class_path": SHARDED, "init_args": {"mode": "hybrid_shard"}}}
     path = write_recipe(tmp_path, config)
-    refused = llmrecipes("fit", "--config", path, "--run_root", tmp_path, cwd=tmp_path, check=2)
-    assert "there is one node (1 node x 2 processes = 2)" in refused.stderr
+    with Job(tmp_path / "output", ["fit", "--config", path, "--run_root", tmp_path], ranks=1) as refused:
+        assert refused.wait() == [2]
+        assert "there is one node (1 node x 2 processes = 2)" in refused.text("err", 0)
     config["trainer"]["strategy"]["init_args"] = {"mode": "zero3"}
     path = write_recipe(tmp_path, config)
     done = llmrecipes("fit", "--config", path, "--run_root", tmp_path, cwd=tmp_path)

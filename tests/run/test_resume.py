@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-from helpers import llmrecipes, saved_tensors, trajectory, write_recipe
+from helpers import cli, llmrecipes, saved_tensors, trajectory, write_recipe
+from jobs import Job
+
+from llmrecipes.run import fit as fit_module
+from llmrecipes.run.recipe_cli import RecipeCLI
 
 
-def fit(folder, path, *words, **options):
-    return llmrecipes("fit", "--config", path, "--run_root", folder, *words, cwd=folder, **options)
+def fit(folder, path):
+    """In a process of its own; what it said."""
+    return llmrecipes("fit", "--config", path, "--run_root", folder, cwd=folder).stdout
+
+
+def cli_output(folder, path):
+    """In this process; what it said."""
+    with (folder / "said.txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+        assert cli("fit", "--config", path, "--run_root", folder) == 0
+    return (folder / "said.txt").read_text()
 
 
 def kill_at_step(folder, path, run, step):
@@ -29,20 +43,32 @@ def kill_at_step(folder, path, run, step):
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, recipe, moe):
+def kill_job_at_step(folder, path, run, step):
+    """The same in a forked process."""
+    with Job(folder / "output", ["fit", "--config", path, "--run_root", folder], ranks=1) as job:
+        job.until(lambda: (run / "metrics.jsonl").exists() and any(r["step"] >= step for r in trajectory(run)))
+        job.send(signal.SIGKILL)
+        assert job.wait() == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("moe", "kill", "again"),
+    [
+        pytest.param(False, kill_job_at_step, cli_output, id="dense"),
+        pytest.param(True, kill_at_step, fit, id="moe, as a user starts it"),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, recipe, moe, kill, again):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
     broken.mkdir()
     config = recipe(moe=moe, steps=24)
     # Dropout is on in the fixture, so that the random generators matter.
     assert config["model"]["init_args"]["config"]["dropout"] > 0
     path = write_recipe(tmp_path, config)
     name = config["name"]
-    fit(whole, path)
-    kill_at_step(broken, path, broken / name, step=11)
-    resumed = fit(broken, path)
-    assert "resuming from" in resumed.stdout
+    assert cli("fit", "--config", path, "--run_root", whole) == 0
+    kill(broken, path, broken / name, step=11)
+    assert "resuming from" in again(broken, path)
     records = trajectory(whole / name)
     assert trajectory(broken / name) == records
     steps = [r for r in records if "loss" in r]
@@ -81,76 +107,69 @@ def test_mutant_with_generators_that_do_not_follow_the_step_differs(tmp_path, re
     assert twice("mutant") != running
 
 
-KILL_LOOP = """
-import os, random, signal, sys, time
-from pathlib import Path
-import llmrecipes.run.fit  # imported once; the children are forked and start in a moment
-from llmrecipes.cli import main
-
-kills, steps, metrics, words = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
-random.seed(3)
-
-
-def start():
+def forked(recipe: RecipeCLI) -> int:
+    """``fit`` of a recipe that is parsed already, in a process of its own; silent."""
     pid = os.fork()
     if pid == 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        os._exit(main(words))
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            fit_module.RecipeCLI = lambda subcommand, words: recipe
+            code = cli(*recipe.words)
+        finally:
+            os._exit(code)
     return pid
 
 
-def logged():
-    return metrics.read_bytes().count(b'"loss"') if metrics.exists() else 0
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-for kill in range(kills):
-    pid = start()
-    if kill % 4 == 3:
-        time.sleep(random.uniform(0.0, 0.6))  # while it starts, reads the checkpoint, takes its first steps
-    else:
-        target = max(logged(), steps * kill // (kills + 2)) + random.randrange(1, 12)
-        while logged() < target and os.waitpid(pid, os.WNOHANG) == (0, 0):
-            time.sleep(0.001)
-        time.sleep(random.uniform(0.0, 0.06))  # somewhere in the next steps or in the writing of a checkpoint
-    os.kill(pid, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-_, status = os.waitpid(start(), 0)
-print("killed", kills, "then", os.waitstatus_to_exitcode(status))
-"""
-
-
-def test_twenty_kills_at_random_instants_lose_nothing(tmp_path, recipe, stride):
-    kills, steps = 20 // stride(2), 240 // stride(2)
+def test_twenty_kills_at_random_instants_lose_nothing(tmp_path, recipe):
+    kills, steps, chance = 20, 120, random.Random(3)
     config = recipe(moe=True, steps=steps)
     config["checkpoint"]["every"] = "5 steps"
     config["trainer"]["val_check_interval"] = 40
     path = write_recipe(tmp_path, config)
 
-    def run(kills, root):
-        words = ["fit", "--config", path, "--run_root", tmp_path / root]
-        loop = [sys.executable, "-c", KILL_LOOP, kills, steps, tmp_path / root / "moe" / "metrics.jsonl", *words]
-        done = subprocess.run([str(word) for word in loop], capture_output=True, text=True, timeout=400)
-        assert done.stdout.strip() == f"killed {kills} then 0", done.stdout + done.stderr
-        return trajectory(tmp_path / root / "moe")
+    def parsed(root):
+        words = ["fit", "--config", str(path), "--run_root", str(tmp_path / root)]
+        made = RecipeCLI(words[0], words[1:])
+        made.words = words
+        return made
 
-    killed, whole = run(kills, "killed"), run(0, "whole")
+    killed, metrics = parsed("killed"), tmp_path / "killed" / "moe" / "metrics.jsonl"
+
+    def logged():
+        return metrics.read_bytes().count(b'"loss"') if metrics.exists() else 0
+
+    for kill in range(kills):
+        pid = forked(killed)
+        if kill % 4 == 3:
+            time.sleep(chance.uniform(0.0, 0.6))  # while it starts, reads the checkpoint, takes its first steps
+        else:
+            target = max(logged(), steps * kill // (kills + 2)) + chance.randrange(1, 6)
+            while logged() < target and os.waitpid(pid, os.WNOHANG) == (0, 0):
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0.0, 0.06))  # somewhere in the next steps or in the writing of a checkpoint
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL
+    assert ended(forked(killed)) == 0
+    assert ended(forked(parsed("whole"))) == 0
+    found, whole = (trajectory(tmp_path / root / "moe") for root in ("killed", "whole"))
     assert len([r for r in whole if "loss" in r]) == steps
-    assert killed == whole
+    assert found == whole
     log = (tmp_path / "killed" / "moe" / "log.txt").read_text(encoding="utf-8")
     assert log.count("resuming from") >= kills // 2
 
 
 def test_sigterm_saves_at_a_step_boundary_and_exits_75(tmp_path, recipe):
-    path = write_recipe(tmp_path, recipe(steps=400))
-    command = [sys.executable, "-m", "llmrecipes", "fit", "--config", path, "--run_root", tmp_path]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ)
-    run, end = tmp_path / "dense", time.time() + 120
-    while not (run / "metrics.jsonl").exists() or len(trajectory(run)) < 4:
-        assert time.time() < end
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+    path, run = write_recipe(tmp_path, recipe(steps=400)), tmp_path / "dense"
+    with Job(tmp_path / "output", ["fit", "--config", path, "--run_root", tmp_path], ranks=1) as job:
+        job.until_step(run, 4)
+        job.send(signal.SIGTERM)
+        assert job.wait() == [75], job.errors()
+        output = job.text("out", 0)
     last = trajectory(run)[-1]["step"]
     assert f"SIGTERM: stopped after step {last}" in output
     assert (run / "checkpoints" / f"step={last:06d}" / "manifest.json").exists()

@@ -107,7 +107,7 @@ def test_skip_step_gives_up_when_the_state_is_bad(train):
 
 
 @pytest.mark.parametrize("late", [False, LATE], ids=["at once", "late"])
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("moe", [pytest.param(False, marks=pytest.mark.release), True], ids=["dense", "moe"])
 def test_rollback_is_the_clean_run_that_skipped(train, moe, late):
     """Steps 14 and 15 are bad, the last checkpoint is of step 12; none is made of step 15."""
     run = train("run", [14, 15], action="rollback", moe=moe, late=late)
@@ -208,7 +208,13 @@ def references():
     return {}
 
 
-@pytest.mark.parametrize("point", POINTS)
+# In make test: before the decision is on record, after it, after the files, and while the steps are done again.
+QUICK_POINTS = ("append_event", "write_rollbacks", "go_back", "step 16")
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[pytest.mark.release] * (point not in QUICK_POINTS)) for point in POINTS]
+)
 def test_killed_in_or_after_a_rollback_and_resumed(train, tmp_path, point, references):
     spike = {"action": "rollback", "patience": 3}
     kill(train, point, "run", [14, 15, 16], **spike)

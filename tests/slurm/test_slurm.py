@@ -123,6 +123,17 @@ def all_sent(signalled, doomed, limited, calm, experts):
     """They share the machine, and some mostly wait."""
 
 
+@pytest.fixture(scope="module")
+def disturbed(cluster, work, all_sent, signalled):
+    """A signal for one, a dead node for another: what follows takes a minute, in which other tests are run."""
+    for name in ("signalled", "doomed"):
+        cluster.until(lambda name=name: steps_logged(work / "runs" / name) == HOLD, f"{HOLD} steps")
+    cluster.run("scancel", "--signal=USR1", signalled)  # what Slurm does before a limit, now
+    cluster.crash("n4")
+    for name in ("signalled", "doomed"):
+        (work / f"{name}.go").touch()
+
+
 def log(work: Path, name: str) -> str:
     (file,) = (work / "logs").glob(f"{name}.txt")
     return file.read_text()
@@ -140,70 +151,10 @@ def assert_same_run(work: Path, name: str, other: str) -> None:
     assert (work / "runs" / name / last).read_bytes() == (work / "runs" / other / last).read_bytes()
 
 
-@pytest.mark.usefixtures("all_sent")
-def test_a_signal_saves_and_requeues(cluster, work, calm, signalled):
-    run = work / "runs" / "signalled"
-    cluster.until(lambda: steps_logged(run) == HOLD, f"{HOLD} steps")
-    cluster.run("scancel", "--signal=USR1", signalled)  # what Slurm does before a limit, now
-    (work / "signalled.go").touch()
-    assert cluster.wait(signalled) == ["COMPLETED"]
-    (job,) = cluster.jobs(signalled)
-    text = log(work, f"train-{signalled}")
-    assert job["Restarts"] == "1" and "back into the queue" in text
-    (step,) = resumed_from(text)
-    assert step > HOLD and f"stopped after step {step}, saved" in text, "nothing is done twice"
-    cluster.wait(calm)
-    assert_same_run(work, "signalled", "calm")
+# ---- while those run
 
 
 @pytest.mark.usefixtures("all_sent")
-def test_a_dead_node_costs_at_most_one_interval(cluster, work, calm, doomed):
-    run = work / "runs" / "doomed"
-    cluster.until(lambda: steps_logged(run) == HOLD, f"{HOLD} steps")
-    cluster.crash("n4")
-    (work / "doomed.go").touch()
-    cluster.until(lambda: (run / "DONE").exists(), "the end without the dead node")
-    # Sent again by itself, or put back into the queue by Slurm, whoever notices first.
-    texts = [file.read_text() for file in sorted((work / "logs").glob("train-*.txt"))]
-    text = "".join(text for text in texts if "runs/doomed" in text)
-    launches = re.findall(r"launch \d on (\S+) from", text)
-    assert launches[0] == "n3,n4" and launches[-1] == "n3,n5"
-    assert set(resumed_from(text)) == {SAVED}, f"{HOLD - SAVED} steps are done again"
-    cluster.wait(calm)
-    assert_same_run(work, "doomed", "calm")
-
-
-@pytest.mark.usefixtures("all_sent")
-def test_two_nodes_from_submit(cluster, work, calm):
-    assert cluster.wait(calm) == ["COMPLETED"]
-    text = log(work, f"calm-{calm}")
-    assert "MASTER_ADDR=n1" in text and "2 ranks agree" in text
-    assert steps_logged(work / "runs" / "calm") == STEPS and (work / "runs" / "calm" / "DONE").exists()
-
-
-@pytest.mark.usefixtures("all_sent")
-def test_an_array_of_seeds(cluster, work, experts):
-    assert cluster.wait(experts) == ["COMPLETED", "COMPLETED"]
-    runs = [trajectory(work / "runs" / f"seed{seed}") for seed in (1, 2)]
-    assert [run[-1]["step"] for run in runs] == [STEPS] * 2
-    assert runs[0] != runs[1]
-    with pytest.raises(AssertionError):  # the mutant: another run is not taken for the same
-        assert_same_run(work, "seed2", "seed1")
-
-
-@pytest.mark.usefixtures("all_sent")
-def test_a_chain_through_real_time_limits(cluster, work, experts, limited):
-    states = cluster.wait(limited, timeout=600)
-    text = log(work, f"chain-{limited}")
-    assert "the next task of the chain goes on" in text and "the rest of the chain is cancelled" in text
-    # On a busy machine a task may have no time to start at all: the chain goes on all the same.
-    assert "CANCELLED" in states and states.count("COMPLETED") >= 2
-    steps = resumed_from(text)
-    assert HOLD + 1 in steps and steps == sorted(steps)
-    cluster.wait(experts)
-    assert_same_run(work, "limited", "seed1")
-
-
 def test_data_preparation_with_a_killed_worker(cluster, work):
     from stages import hashes, run_stage, write
     from test_frame import sentences
@@ -220,6 +171,30 @@ def test_data_preparation_with_a_killed_worker(cluster, work):
     assert not (work / "out" / "manifest.json").exists()
     assert set(cluster.wait(cluster.sbatch(*words, cwd=work))) == {"COMPLETED"}
     assert hashes(work / "out") == hashes(work / "whole") and len(hashes(work / "whole")) == 5
+
+
+@pytest.mark.usefixtures("disturbed")
+def test_evaluation_as_an_array(cluster, work):
+    from model_folders import make_hf_folder
+
+    make_hf_folder(work / "b")
+    (work / "text.jsonl").write_text('{"text": "The river runs."}\n{"text": "It is long and cold."}\n')
+    tasks = [{"kind": "perplexity", "file": "text.jsonl"}]
+    (work / "e.yaml").write_text(json.dumps({"model": "a", "output": "answers", "batch_size": 2, "tasks": tasks}))
+    job = cluster.sbatch("--array=1", "slurm/evaluate.sbatch", "e.yaml", "a", "b", cwd=work)
+    assert cluster.wait(job) == ["COMPLETED"], "the second model; the first is not there"
+    assert "bits_per_byte" in log(work, f"evaluate-{job}_1")
+    assert json.loads((work / "answers" / "summary.json").read_text())["model"] == "b"
+
+
+def test_mismatches_are_refused_with_the_corrected_lines(cluster, work, two_nodes):
+    two_nodes("wrong")
+    job = cluster.sbatch("--nodes=1", "slurm/train.sbatch", "--config", "wrong.yaml", cwd=work)
+    assert cluster.wait(job) == ["FAILED"]
+    text = log(work, f"train-{job}")
+    assert "#SBATCH --nodes=2" in text and "trainer: {num_nodes: 1, devices: 1}" in text
+    assert text.count("launch 1 on") == 1 and "launch 2" not in text, "a mistake is not tried again"
+    assert cli("check", work / "wrong.yaml", "--run_folder") == 0
 
 
 # ---- what follows a failed launch, with a stand-in for the training
@@ -246,7 +221,7 @@ touch "runs/$3/DONE"
 
 
 @pytest.fixture(scope="module")
-def stand_in(cluster, work):
+def stand_in(cluster, work, disturbed):
     """Sends a job whose ``llmrecipes`` only plays a part; returns the logs when all is over."""
     folder = work / "stand_in"
     (folder / "bin").mkdir(parents=True)
@@ -296,24 +271,61 @@ def test_a_chain_ends_where_no_node_is_to_blame(work, stand_in, part, launches, 
     assert not (work / "runs" / part / "DONE").exists() and (work / "runs" / part / "bad_nodes").read_text() == ""
 
 
-def test_evaluation_as_an_array(cluster, work):
-    from model_folders import make_hf_folder
-
-    make_hf_folder(work / "b")
-    (work / "text.jsonl").write_text('{"text": "The river runs."}\n{"text": "It is long and cold."}\n')
-    tasks = [{"kind": "perplexity", "file": "text.jsonl"}]
-    (work / "e.yaml").write_text(json.dumps({"model": "a", "output": "answers", "batch_size": 2, "tasks": tasks}))
-    job = cluster.sbatch("--array=1", "slurm/evaluate.sbatch", "e.yaml", "a", "b", cwd=work)
-    assert cluster.wait(job) == ["COMPLETED"], "the second model; the first is not there"
-    assert "bits_per_byte" in log(work, f"evaluate-{job}_1")
-    assert json.loads((work / "answers" / "summary.json").read_text())["model"] == "b"
+# ---- how they went
 
 
-def test_mismatches_are_refused_with_the_corrected_lines(cluster, work, two_nodes):
-    two_nodes("wrong")
-    job = cluster.sbatch("--nodes=1", "slurm/train.sbatch", "--config", "wrong.yaml", cwd=work)
-    assert cluster.wait(job) == ["FAILED"]
-    text = log(work, f"train-{job}")
-    assert "#SBATCH --nodes=2" in text and "trainer: {num_nodes: 1, devices: 1}" in text
-    assert text.count("launch 1 on") == 1 and "launch 2" not in text, "a mistake is not tried again"
-    assert cli("check", work / "wrong.yaml", "--run_folder") == 0
+@pytest.mark.usefixtures("disturbed")
+def test_a_signal_saves_and_requeues(cluster, work, calm, signalled):
+    assert cluster.wait(signalled) == ["COMPLETED"]
+    (job,) = cluster.jobs(signalled)
+    text = log(work, f"train-{signalled}")
+    assert job["Restarts"] == "1" and "back into the queue" in text
+    (step,) = resumed_from(text)
+    assert step > HOLD and f"stopped after step {step}, saved" in text, "nothing is done twice"
+    cluster.wait(calm)
+    assert_same_run(work, "signalled", "calm")
+
+
+@pytest.mark.usefixtures("disturbed")
+def test_a_dead_node_costs_at_most_one_interval(cluster, work, calm, doomed):
+    run = work / "runs" / "doomed"
+    cluster.until(lambda: (run / "DONE").exists(), "the end without the dead node")
+    # Sent again by itself, or put back into the queue by Slurm, whoever notices first.
+    texts = [file.read_text() for file in sorted((work / "logs").glob("train-*.txt"))]
+    text = "".join(text for text in texts if "runs/doomed" in text)
+    launches = re.findall(r"launch \d on (\S+) from", text)
+    assert launches[0] == "n3,n4" and launches[-1] == "n3,n5"
+    assert set(resumed_from(text)) == {SAVED}, f"{HOLD - SAVED} steps are done again"
+    cluster.wait(calm)
+    assert_same_run(work, "doomed", "calm")
+
+
+@pytest.mark.usefixtures("disturbed")
+def test_two_nodes_from_submit(cluster, work, calm):
+    assert cluster.wait(calm) == ["COMPLETED"]
+    text = log(work, f"calm-{calm}")
+    assert "MASTER_ADDR=n1" in text and "2 ranks agree" in text
+    assert steps_logged(work / "runs" / "calm") == STEPS and (work / "runs" / "calm" / "DONE").exists()
+
+
+@pytest.mark.usefixtures("disturbed")
+def test_an_array_of_seeds(cluster, work, experts):
+    assert cluster.wait(experts) == ["COMPLETED", "COMPLETED"]
+    runs = [trajectory(work / "runs" / f"seed{seed}") for seed in (1, 2)]
+    assert [run[-1]["step"] for run in runs] == [STEPS] * 2
+    assert runs[0] != runs[1]
+    with pytest.raises(AssertionError):  # the mutant: another run is not taken for the same
+        assert_same_run(work, "seed2", "seed1")
+
+
+@pytest.mark.usefixtures("disturbed")
+def test_a_chain_through_real_time_limits(cluster, work, experts, limited):
+    states = cluster.wait(limited, timeout=600)
+    text = log(work, f"chain-{limited}")
+    assert "the next task of the chain goes on" in text and "the rest of the chain is cancelled" in text
+    # On a busy machine a task may have no time to start at all: the chain goes on all the same.
+    assert "CANCELLED" in states and states.count("COMPLETED") >= 2
+    steps = resumed_from(text)
+    assert HOLD + 1 in steps and steps == sorted(steps)
+    cluster.wait(experts)
+    assert_same_run(work, "limited", "seed1")
