@@ -24,7 +24,8 @@ def test_counted_flops_are_the_models_own(moe):
     own = config.flops_per_token(length) * rows * length
     assert own * 0.999 < sum(counted.values()) + attention < own * padding * 1.001
     assert kinds["norms, elementwise, copies"].flops == 0
-    assert counted["head and loss"] == pytest.approx(6 * 512 * 128 * rows * length)
+    # beside the head's three products the last norm's sums over rows, which are products too
+    assert counted["head and loss"] == pytest.approx(6 * 512 * 128 * rows * length, rel=0.005)
 
 
 def test_an_operation_takes_the_longest_of_products_memory_and_launch():
