@@ -23,6 +23,7 @@ TITLES = {
     "E": "from the start of the program to the end of the first step",
     "F": "output layer and cross-entropy, vocabulary 56,320, width 512, 8,192 tokens, forward and backward",
     "G": "reading and tokenizing",
+    "H": "what the trainer costs: llmrecipes fit against our own model, loss and optimizer in a bare loop",
 }
 TOKENS = ROWS * SEQ_LEN
 # Large tensors stay with the process instead of going back to the kernel after every use.
@@ -259,6 +260,39 @@ def tokenize() -> list[Group]:
     ]
 
 
+def overhead() -> list[Group]:
+    """Case H: the same steps without Lightning and run folder; the start of both; commands that start nothing."""
+
+    def bare(model: str, dtype: str, *more: str) -> Program:
+        found = peer("bare loop", "bare_ours", model, dtype, *more)
+        return replace(found, command=("{ours}", *found.command[1:]))
+
+    def against_bare(model: str, dtype: str, **more: Any) -> Group:
+        flops = flops_per_token(model)
+        peers = (Peer(bare(model, dtype), speed=0.97),)
+        return Group("H", f"{dtype}, {model} model", ours(model, dtype), peers, TOKENS, "tokens", flops, **more)
+
+    def command(*words: str, limit: float) -> Group:
+        timed = ("{ours}", "-m", "benchmarks.workers.command_time", "--", "{ours}", "-m", "llmrecipes", *words)
+        told = Program(f"llmrecipes {words[0]}", timed)
+        return Group("H", words[0], told, (), 1, "commands", measure="first", warmup=0, limit=limit)
+
+    one_row = ("--data.init_args.micro_batch", "1", "--data.init_args.global_batch", "1")
+    first: dict[str, Any] = {"measure": "first", "warmup": 1, "steps": 1, "checks": 1}
+    start_of_both = (Peer(bare("small", "bf16", "--rows", "1"), speed=1 / 1.3),)
+    return [
+        against_bare("dense", "bf16", short=True),
+        against_bare("dense", "fp32"),
+        against_bare("small", "bf16", steps=20),
+        Group("H", "start to first step", ours("small", "bf16", *one_row), start_of_both, 1, "first steps", **first),
+        command("--help", limit=0.5),
+        command(
+            "check", str(Path(__file__).parents[1] / "recipes" / "moe_pretrain.yaml"), "--without_files", limit=3.0
+        ),
+    ]
+
+
 def groups() -> list[Group]:
     """Every row, in the order of the table."""
-    return [*dense(), *experts(), *fine_tuning(), *preferences(), *start(), *head(), *read(), *tokenize()]
+    steps = [*dense(), *experts(), *fine_tuning(), *preferences()]
+    return [*steps, *start(), *head(), *read(), *tokenize(), *overhead()]

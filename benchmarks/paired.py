@@ -60,6 +60,7 @@ class Group:
         checks: how many of the first figures are compared.
         short: part of the short form.
         steps: how many steps the workers are asked for beyond the warm-up; None = the runner's number.
+        limit: CPU seconds that ours may take at most, where that is the aim and not a ratio.
     """
 
     case: str
@@ -77,6 +78,7 @@ class Group:
     short: bool = False
     warmup: int | None = None
     steps: int | None = None
+    limit: float | None = None
 
     @property
     def key(self) -> str:

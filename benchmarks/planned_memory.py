@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,32 +89,50 @@ def measured(recipe: Path | Sequence[Path], overrides: list[str], steps: int = S
 
 def _peaks(words: list[str], ranks: int) -> list[float]:
     """Of several processes, each of which watches itself."""
+    said = launch(["-m", "benchmarks.planned_memory", "--rank", shlex.join(words)], [{}] * ranks)
+    return [float(text.rpartition("PEAK ")[2]) for text in said]
+
+
+def launch(words: list[str], environments: Sequence[Mapping[str, str]]) -> list[str]:
+    """What Python says, run with these words as one process for each environment, together a job of torch.distributed.
+
+    Raises:
+        SystemExit: a process failed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    ranks = len(environments)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
-    path = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-m", "benchmarks.planned_memory", "--rank", shlex.join(words)]
+    shared["PYTHONPATH"] = f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
     running = []
-    for rank in range(ranks):
-        environment = os.environ | shared | {"LOCAL_RANK": str(rank), "RANK": str(rank), "PYTHONPATH": path}
-        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    for rank, more in enumerate(environments):
+        environment = os.environ | shared | {"LOCAL_RANK": str(rank), "RANK": str(rank)} | more
+        running.append(subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True))
     said = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise SystemExit(f"{shlex.join(words)}: a process of {ranks} failed\n{''.join(said)}")
-    return [float(text.rpartition("PEAK ")[2]) for text in said]
+    return said
 
 
 def peak_of(words: list[str]) -> float:
     """Bytes that torch's CPU allocator held at most in this process while the command ran."""
-    from torch.profiler import ProfilerActivity, profile
-
     from llmrecipes.cli import main
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    def run() -> None:
         code = main(words)
-    if code:
-        raise SystemExit(f"llmrecipes {shlex.join(words)}: ended with exit code {code}")
+        if code:
+            raise SystemExit(f"llmrecipes {shlex.join(words)}: ended with exit code {code}")
+
+    return peak_while(run)
+
+
+def peak_while(run: Callable[[], None]) -> float:
+    """Bytes that torch's CPU allocator held at most while ``run`` ran, beyond what it held before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

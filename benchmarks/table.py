@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paired import Figures, Group, Peer, Ratio, figures, middle, ratio, void_reason
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+NAME = "benchmarks"
 HEAD = (
     "| settings | program | per CPU-s | per s | CPU-s | peak MiB | GFLOP/CPU-s | of matmul "
     "| ours / it: speed | ours / it: memory | aim |\n"
@@ -30,12 +31,19 @@ def tables(groups: Sequence[Group], results: Mapping[str, Any], titles: Mapping[
 def group_rows(group: Group, records: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Ours, then the peers."""
     ours = records.get(group.ours.name, [])
-    rows = [_row(group, group.ours.name, ours, "", "", "")]
+    rows = [_row(group, group.ours.name, ours, "", "", _limit_text(group, ours))]
     for peer in group.peers:
         theirs = records.get(peer.program.name)
         if theirs is not None:
             rows.append(_peer_row(group, peer, ours, theirs))
     return rows
+
+
+def _limit_text(group: Group, records: list[dict[str, Any]]) -> str:
+    good = [figures(record, group.work, group.measure).cpu for record in records if "error" not in record]
+    if group.limit is None or not good:
+        return ""
+    return f"CPU-s <= {group.limit:g}: {'yes' if statistics.median(good) <= group.limit else 'NO'}"
 
 
 def _peer_row(group: Group, peer: Peer, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
@@ -91,14 +99,20 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def put_between_markers(document: Path, text: str) -> None:
+def markers(name: str = NAME) -> tuple[str, str]:
+    """The lines of a document between which a program writes."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def put_between_markers(document: Path, text: str, name: str = NAME) -> None:
     """Replace what stands between the markers of a document.
 
     Raises:
         ValueError: the document has no such markers.
     """
-    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers(name)
+    before, begin, rest = document.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{document}: no line {BEGIN} followed by {END}")
-    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{document}: no line {first} followed by {last}")
+    document.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")

@@ -98,6 +98,25 @@ def _combine_weighted(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     return picked.mul_(scale).sum(1)
 
 
+def _sum_rows(rows: Tensor, plan: Plan, top_k: int, weights: Tensor | None = None) -> Tensor:
+    """`_combine`, or with ``weights`` `_combine_weighted`, in one pass: reads each row once and keeps no [T, k, D].
+
+    A bag of an embedding is the same sum, added up in fp32 and in the order of the bag; for use without autograd. Rows
+    of dropped pairs hold no number, which a weight of zero would not hide: those go the long way.
+    """
+    if plan.dropped is not None:
+        return _combine(rows, plan, top_k) if weights is None else _combine_weighted(rows, weights, plan)
+    scale = None if weights is None else weights.to(rows.dtype)
+    return F.embedding_bag(plan.slot.view(-1, top_k), rows, mode="sum", per_sample_weights=scale)
+
+
+def _gather_scaled(x: Tensor, rows: Tensor, scale: Tensor, padded: bool) -> Tensor:
+    """`_gather`, each row times its ``scale`` [R], in one pass."""
+    if padded:
+        x = F.pad(x, (0, 0, 0, 1))
+    return F.embedding_bag(rows[:, None], x, mode="sum", per_sample_weights=scale.to(x.dtype)[:, None])
+
+
 class _GroupedExperts(torch.autograd.Function):
     """Both grouped products and the activation between them.
 
@@ -114,7 +133,7 @@ class _GroupedExperts(torch.autograd.Function):
         out = F.grouped_mm(activate(gate_up, kind), down.transpose(-2, -1), offs=plan.ends)
         ctx.save_for_backward(x, gate_up, weights, up, down, *plan)
         ctx.kind, ctx.padded = kind, padded
-        return _combine_weighted(out, weights, plan)
+        return _sum_rows(out, plan, weights.shape[1], weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -123,19 +142,19 @@ class _GroupedExperts(torch.autograd.Function):
         top_k = weights.shape[1]
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
         # a weight of exactly zero still has a gradient: <dh, h> / w must not be 0 / 0
-        sorted_weights = _gather(weights.reshape(-1), plan.order, ctx.padded).clamp_min(1e-20)[:, None]
-        weighted = _gather(grad, plan.token, ctx.padded).mul_(sorted_weights.to(x.dtype))
+        sorted_weights = _gather(weights.reshape(-1), plan.order, ctx.padded).clamp_min(1e-20)
+        weighted = _gather_scaled(grad, plan.token, sorted_weights, ctx.padded)
         grad_hidden = F.grouped_mm(weighted, down, offs=plan.ends)
         hidden, grad_gate_up = activate_again(grad_hidden, gate_up, ctx.kind)
         grad_weights = grad_down = grad_x = grad_up = None
         if need_down:
             grad_down = F.grouped_mm(weighted.t(), hidden, offs=plan.ends)
         if need_weights:
-            sums = hidden.mul_(grad_hidden).sum(-1, dtype=weights.dtype) / sorted_weights[:, 0].to(x.dtype)
+            sums = hidden.mul_(grad_hidden).sum(-1, dtype=weights.dtype) / sorted_weights.to(x.dtype)
             grad_weights = _pick(sums[:, None], plan, top_k).squeeze(-1)
         del weighted, hidden, grad_hidden
         if need_x:
-            grad_x = _combine(F.grouped_mm(grad_gate_up, up, offs=plan.ends), plan, top_k)
+            grad_x = _sum_rows(F.grouped_mm(grad_gate_up, up, offs=plan.ends), plan, top_k)
         if need_up:
             grad_up = F.grouped_mm(grad_gate_up.t(), _gather(x, plan.token, ctx.padded), offs=plan.ends)
         return grad_x, grad_weights, grad_up, grad_down, None, None, None

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.cases import TITLES, groups
 from benchmarks.meter import Meter, peak_memory, write_record
 from benchmarks.paired import Group, Peer, Plan, Program, Ratio, figures, ratio, run_group, void_reason
-from benchmarks.table import BEGIN, END, group_rows, put_between_markers, tables
+from benchmarks.table import group_rows, markers, put_between_markers, tables
 
 WORKER = str(Path(__file__).with_name("fake_worker.py"))
 
@@ -103,7 +103,8 @@ def test_share_of_the_machines_matmul_rate():
 
 def test_the_table_replaces_what_stands_between_the_markers(tmp_path):
     document = tmp_path / "performance.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    begin, end = markers()
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     group = a_group(Program("ours", ()))
     put_between_markers(document, tables([group], {group.key: {"ours": [record(2.0)]}}, {"A": "dense", "B": "experts"}))
     text = document.read_text()
@@ -141,3 +142,17 @@ def test_meter_counts_from_the_start_of_the_process(tmp_path, monkeypatch):
     first, second = found["units"]
     assert first["cpu"] > second["cpu"] >= 0 and first["wall"] > second["wall"]
     assert found["memory_mib"] == pytest.approx(peak_memory(), rel=0.5)
+
+
+def test_a_limit_of_ours_is_an_aim_too():
+    group = a_group(Program("ours", ()), limit=1.5)
+    assert group_rows(group, {"ours": [record(2.0)]})[0].endswith("| CPU-s <= 1.5: NO |")
+    assert group_rows(group, {"ours": [record(1.0)]})[0].endswith("| CPU-s <= 1.5: yes |")
+
+
+def test_a_command_is_timed_with_its_children_and_its_exit_code(tmp_path):
+    timed = ("{ours}", "-m", "benchmarks.workers.command_time", "--", "{ours}", "-c", "sum(range(200_000))")
+    group = a_group(Program("ours", timed), measure="first", warmup=0)
+    found = run_group(group, Plan(1, 0, 1), {"ours": sys.executable}, tmp_path)["ours"][0]
+    assert found["checks"] == [0.0]
+    assert 0 < found["units"][0]["cpu"] < 60

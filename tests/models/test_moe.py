@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from llmrecipes.models import MoEConfig
-from llmrecipes.models.dispatch import can_group, loop_experts, make_plan, run_experts
+from llmrecipes.models.dispatch import (
+    _combine,
+    _combine_weighted,
+    _gather,
+    _gather_scaled,
+    _sum_rows,
+    can_group,
+    loop_experts,
+    make_plan,
+    run_experts,
+)
 from llmrecipes.models.moe import ModelConfig, MoE, Router
 
 D, F, E = 32, 48, 8
@@ -97,6 +107,30 @@ def test_grouped_bf16_is_near_the_exact_result():
     assert all(grad.dtype == torch.float32 for grad in grads)
     for got, want in zip((y, *grads), exact, strict=True):
         assert relative(got.double(), want) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 8])
+def test_one_pass_over_the_rows_is_the_sum_of_the_picked_ones(top_k, dtype):
+    g = torch.Generator().manual_seed(top_k)
+    experts = torch.rand(37, E, generator=g).topk(top_k, dim=-1).indices
+    plan = make_plan(experts, E, 1 if dtype == torch.float32 else 64)
+    rows = torch.randn(len(plan.token), D, generator=g)
+    weights = torch.rand(37, top_k, generator=g).to(dtype)
+    allowed = 1e-6 if dtype == torch.float32 else 4e-3
+    exact = [_combine(rows.double(), plan, top_k), _combine_weighted(rows.to(dtype).double(), weights.double(), plan)]
+    found = [_sum_rows(rows.to(dtype), plan, top_k), _sum_rows(rows.to(dtype), plan, top_k, weights)]
+    for one, two in zip(found, exact, strict=True):
+        assert one.dtype == dtype
+        assert relative(one.double(), two) < allowed
+    if top_k > 1:  # what a mistake looks like: weights of the wrong expert
+        assert relative(_sum_rows(rows.to(dtype), plan, top_k, weights.flip(1)).double(), exact[1]) > 0.1
+    padded = dtype == torch.bfloat16
+    x, scale = torch.randn(37, D, generator=g).to(dtype), torch.rand(len(plan.token), generator=g).to(dtype)
+    scaled = _gather(x, plan.token, padded).double() * scale.double()[:, None]
+    # one rounding to the type, half of its last digit
+    rounding = torch.finfo(dtype).eps / 2 * 1.001
+    assert ((_gather_scaled(x, plan.token, scale, padded).double() - scaled).abs() <= rounding * scaled.abs()).all()
 
 
 def test_repeats_are_bitwise_equal():
