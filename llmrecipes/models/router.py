@@ -131,4 +131,5 @@ def _statistics(logits: Tensor, probs: Tensor, experts: Tensor, token_mask: Tens
     # padding is counted as expert E and cut off: no wait for the device as with a boolean index
     pairs = torch.where(token_mask[:, None], experts, num_experts).reshape(-1)
     counts = torch.bincount(pairs, minlength=num_experts + 1)[:num_experts]
-    return Routing(counts, real @ probs, real @ squares, real @ entropy, token_mask.sum(), none)
+    prob_sum = torch.mv(probs.t(), real)  # not real @ probs: torch squeezes that in place, which a checkpoint refuses
+    return Routing(counts, prob_sum, real @ squares, real @ entropy, token_mask.sum(), none)
