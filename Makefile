@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/llmrecipes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real life check test test-all bench-setup bench bench-full clean
+.PHONY: help setup demo real life check test test-faults test-all bench-setup bench bench-full clean
 
 help:  ## this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -113,11 +113,16 @@ check: $(VENV)/.done  ## format, lint, types, layers
 # One file's tests stay together, because they share runs that are expensive to make. Three of them for two cores:
 # many tests wait for a timeout or for a disk. WORKERS=0: one after the other.
 WORKERS ?= 3
-test: $(VENV)/.done  ## all tests, some cases of each large matrix: under ten minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+FAULTS := tests/faults tests/slurm tests/run/test_many_ends.py
+test: $(VENV)/.done  ## the tests of everything but test-faults, some cases of each large matrix: under ten minutes on two cores
+	$(PYTEST) $(FAULTS:%=--ignore=%)
 
-test-all: $(VENV)/.done  ## all tests, large matrices whole: before a release
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --all
+test-faults: $(VENV)/.done  ## killed, stopped and lost processes, full disks, damaged files, a Slurm cluster: five minutes
+	$(PYTEST) $(FAULTS)
+
+test-all: $(VENV)/.done  ## both, large matrices whole: before a release
+	$(PYTEST) --all
 
 # The libraries we compare with, in an environment of their own; see docs/performance.md.
 PEERS ?= .venv-peers

@@ -300,7 +300,7 @@ def test_no_two_copies_of_the_model_in_memory(tmp_path):
         "    global most\n"
         "    while not over.wait(0.002):\n"
         "        most = max(most, anonymous() - before)\n"
-        "watcher = threading.Thread(target=watch)\n"
+        "watcher = threading.Thread(target=watch, daemon=True)\n"
         "watcher.start()\n"
         f"from_hf({str(tmp_path / 'hf')!r}, {str(tmp_path / 'ours')!r})\n"
         f"to_hf({str(tmp_path / 'ours')!r}, {str(tmp_path / 'back')!r})\n"

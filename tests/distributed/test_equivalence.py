@@ -75,6 +75,7 @@ def test_experts_divided_among_processes(shards, references):
                 assert difference < TOLERANCE, (setting, difference)
 
 
+@pytest.mark.release
 def test_pyramid_with_residual_experts_that_drop(shards):
     """Capacity counts the tokens of a micro-batch, the same whoever computes it; recomputation drops the same."""
     (plain,) = run_ranks(1, train_all, [Setting("prmoe", None, size, steps=2) for size in MICRO_BATCHES], shards)

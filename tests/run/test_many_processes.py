@@ -129,6 +129,7 @@ def test_saved_on_some_resumed_on_others(tmp_path, fp64_recipe, single, before, 
     assert resumed == (5 if stride(5) == 1 else 1) and len(WAYS) == 5
 
 
+@pytest.mark.release
 def test_pr_moe_saved_on_four_resumed_on_one(tmp_path, fp64_recipe):
     """Layers of different sizes, a coefficient of two rows for four processes, drops drawn anew after a resume."""
     recipe = copy.deepcopy(fp64_recipe)
@@ -174,6 +175,7 @@ def test_a_mistake_that_only_rank_0_sees_ends_all(tmp_path, fp64_recipe):
     assert "nothing to resume from" in results[0][1]
 
 
+@pytest.mark.release
 def test_the_launcher_starts_the_other_processes(tmp_path, recipe):
     config = recipe(steps=4, global_batch=8)
     config["trainer"] |= {"devices": 2, "strategy": {"class_path": SHARDED, "init_args": {"mode": "hybrid_shard"}}}

@@ -159,8 +159,8 @@ def test_data_preparation_with_a_killed_worker(cluster, work):
     from stages import hashes, run_stage, write
     from test_frame import sentences
 
-    for part in range(4):
-        write(work / "in" / f"{part}.jsonl", sentences(1500, part))
+    for part in range(12):  # six for each worker: after the first file the other has more to do
+        write(work / "in" / f"{part:02}.jsonl", sentences(500, part))
     run_stage("clean", input=[str(work / "in")], output=work / "whole")
     words = ["--array=0-1", "--cpus-per-task=1", "--mem=1G", "slurm/data_array.sbatch"]
     words += ["clean", "--input", "in", "--output", "out"]
@@ -170,7 +170,7 @@ def test_data_preparation_with_a_killed_worker(cluster, work):
     assert set(cluster.wait(first)) > {"COMPLETED"}
     assert not (work / "out" / "manifest.json").exists()
     assert set(cluster.wait(cluster.sbatch(*words, cwd=work))) == {"COMPLETED"}
-    assert hashes(work / "out") == hashes(work / "whole") and len(hashes(work / "whole")) == 5
+    assert hashes(work / "out") == hashes(work / "whole") and len(hashes(work / "whole")) == 13
 
 
 @pytest.mark.usefixtures("disturbed")
