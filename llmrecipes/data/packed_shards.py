@@ -195,14 +195,15 @@ class PackedShards(StepData):
         alone = len(sources) == 1
         for s in [0] if alone else np.unique(source).tolist():
             rows = np.arange(len(source)) if alone else np.flatnonzero(source == s)
-            largest = sources[s].fill(window[rows], rows, tokens, labels)
+            windows = window if alone else window[rows]
+            largest = sources[s].fill(windows, rows, tokens, labels)
             if not 0 <= largest < self.vocab_size:
                 raise UserError(
-                    f"{sources[s].shard.bin_path}: id {largest} in windows {window[rows].tolist()[:8]} is not below "
+                    f"{sources[s].shard.bin_path}: id {largest} in windows {windows.tolist()[:8]} is not below "
                     f"the vocabulary size {self.vocab_size}"
                 )
             if lengths is not None:
-                sources[s].cut(window[rows], rows, labels, lengths)
+                sources[s].cut(windows, rows, labels, lengths)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths)
 
     # ---- facts

@@ -90,9 +90,8 @@ class PackedSource:
         # All rows (they are 0 .. B - 1) are a slice, which numpy writes faster than scattered rows.
         where = slice(None) if len(rows) == len(tokens) else rows
         tokens[where], labels[where] = ids[:, :-1], ids[:, 1:]
-        for row, window in zip(rows.tolist(), windows.tolist(), strict=True):
-            if window == self._last:
-                labels[row, : self._moved_back()] = IGNORE
+        if self._last in windows.tolist():
+            labels[rows[windows == self._last], : self._moved_back()] = IGNORE
         low = int(ids.min()) if ids.dtype.kind == "i" else 0
         return int(ids.max()) if low >= 0 else low
 
