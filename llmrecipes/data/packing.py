@@ -66,7 +66,7 @@ class PackedSource:
         self.seq_len = seq_len
         self.document_mask = document_mask
         self.start, self.stop = shard.document_range(*documents)
-        self._last = len(self) - 1
+        self._last = len(self) - 1  # asked for with every batch
         if self.num_tokens < seq_len + 1:
             raise UserError(
                 f"{what}: {self.num_tokens} tokens in {documents[1] - documents[0]} documents, one window needs "
