@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch's store asks the name server about every client; an answer that gets lost costs 5 s otherwise.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 import numpy as np
 import pytest

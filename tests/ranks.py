@@ -47,9 +47,11 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
+    end_of_all, held_open = context.Pipe(duplex=False)
     port = free_port()
 
     def child(rank: int) -> None:
+        held_open.close()
         os.environ.update(rank_environment(rank, ranks, port, nodes))
         try:
             # As bytes: tensors would travel as file descriptors, which end with this process.
@@ -60,6 +62,8 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
             code = 1
         results.close()
         results.join_thread()
+        if code == 0:
+            end_of_all.poll(timeout)  # rank 0 has the store, which the others may still need
         os._exit(code)
 
     processes = [context.Process(target=child, args=(rank,), daemon=True) for rank in range(ranks)]
@@ -78,6 +82,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
                 continue
             assert error is None, f"rank {rank}\n{error}"
             done[rank] = pickle.loads(value)
+        held_open.close()
         for process in processes:
             process.join(10)
     finally:

@@ -6,7 +6,8 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from llmrecipes.distributed.watchdog import Phase, Watchdog
+from llmrecipes.distributed.judge import Phase
+from llmrecipes.distributed.watchdog import Watchdog
 
 
 def watchdog_of(trainer: L.Trainer) -> Watchdog | None:

@@ -18,7 +18,7 @@ WINDOW = 60  # of what was heard: a minute
 
 
 class Heard(Protocol):
-    """What a rank says of itself: :class:`llmrecipes.distributed.watchdog.Beat`."""
+    """What a rank says of itself: :class:`llmrecipes.distributed.judge.Beat`."""
 
     @property
     def place(self) -> str:

@@ -127,12 +127,13 @@ class ShardedStrategy(ModelParallelStrategy):
         return rendezvous, rendezvous.meet()
 
     def _watch(self, rendezvous: Rendezvous, reports: list[Report]) -> None:
-        self.watchdog = Watchdog(rendezvous, reports, self.timeout, self.advice)
+        watchdog = Watchdog(rendezvous, reports, self.timeout, self.advice)
         if self.status_file is not None:
-            self.watchdog.observe = RankStatus(self.status_file)
-        self.watchdog.start()
+            watchdog.observe = RankStatus(self.status_file)
+        watchdog.start()
+        self.watchdog = watchdog
         if isinstance(self._launcher, RankLauncher):
-            self._launcher.on_death = self.watchdog.report_death
+            self._launcher.on_death = watchdog.report_death
 
     @property
     def meshes(self) -> list[DeviceMesh]:

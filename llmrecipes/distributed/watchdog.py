@@ -3,10 +3,14 @@
 Every rank has a thread that tells a store once a second that it lives and how far the main thread has come. Rank 0
 reads what all say and gives the verdict; the others watch rank 0. It needs no parent process, no signal and no help of
 the main thread, which may be stuck in a collective: it works with any launcher and over nodes.
+
+Whoever connects to torch's store is looked up at the name server, by the one thread that serves everybody: where that
+takes 20 seconds, nobody is heard for 20 seconds. All connections are made before the first clock runs, and none later.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import linecache
 import logging
@@ -16,183 +20,34 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from enum import IntEnum
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
 from torch.distributed import DistError, TCPStore
 
+from llmrecipes.distributed.judge import (
+    DELAY_OF_FAILURES,
+    INTERVAL,
+    SILENCE,
+    SILENCE_AFTER_BREAK,
+    Beat,
+    Judge,
+    Phase,
+    Verdict,
+)
 from llmrecipes.distributed.rendezvous import Rendezvous, Report
+from llmrecipes.errors import RankFailure
 
 log = logging.getLogger("llmrecipes")
 
-INTERVAL = 1.0
-# A rank is dead or stopped when its thread is silent for so long; less where a connection broke, since somebody is.
-SILENCE = 60.0
-SILENCE_AFTER_BREAK = 6.0
 # How long the others get to hear a verdict before the store ends with rank 0.
 ACKNOWLEDGE = 3.0
-DELAY_OF_FAILURES = 3.0
 
 _BROKEN = re.compile(
     r"connection (closed|reset|refused|was)|broken pipe|timed out (waiting|after)|gloo|nccl|socket|does not answer",
     re.I,
 )
-
-
-class Phase(IntEnum):
-    """What the main thread is doing, in the order within a step."""
-
-    SET_UP = 0
-    READ = 1
-    COMPUTE = 2
-    FINISH = 3
-    VALIDATE = 4
-
-    def __str__(self) -> str:
-        return ("setting up", "reading data", "computing", "logging or saving", "validating")[self]
-
-
-@dataclass
-class Beat:
-    """What a rank says once a second.
-
-    Attributes:
-        count: of beats. progress: of marks. step, phase: where the main thread is.
-        line: the line of code it is at. waits: whether that line waits for other ranks.
-        state: ``running``, ``cut off`` (a collective failed), ``failed`` (of itself) or ``left``.
-        message, code: of a failure.
-    """
-
-    count: int = 0
-    progress: int = 0
-    step: int = 0
-    phase: int = 0
-    line: str = ""
-    waits: bool = False
-    state: str = "running"
-    message: str = ""
-    code: int = 1
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """Comparable between ranks, which do the same in the same order."""
-        return self.step, self.phase
-
-    @property
-    def place(self) -> str:
-        """In words."""
-        at = f" ({self.line})" if self.line else ""
-        return f"{f'step {self.step}: ' if self.step else ''}{Phase(self.phase)}{at}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the job ends, and with which exit code."""
-
-    message: str
-    code: int = 1
-
-
-class Judge:
-    """Decides from what all ranks say, by one clock, whether the job can go on.
-
-    Args:
-        reports: who the ranks are.
-        timeout: seconds without any progress on any rank.
-        silence: seconds without a beat.
-        now: the clock.
-    """
-
-    def __init__(self, reports: list[Report], timeout: float, silence: float, now: float) -> None:
-        self.reports, self.timeout, self.silence = reports, timeout, silence
-        self._beats = [Beat() for _ in reports]
-        self._heard = [now] * len(reports)
-        self._progressed = [now] * len(reports)
-        self._broken: float | None = None
-        self._failed_at: float | None = None
-        self._last_look = now
-        # Silent ranks that rank 0 no longer needs: it has done all its work, which no rank can do without the others.
-        self.unheard: list[int] = []
-
-    def look(self, beats: list[Beat], now: float) -> Verdict | None:
-        """The verdict on what the ranks say now, in their order; None = go on."""
-        self._forgive(now)
-        for rank, (beat, before) in enumerate(zip(beats, self._beats, strict=True)):
-            if beat.count != before.count:
-                self._heard[rank] = now
-            if beat.progress != before.progress:
-                self._progressed[rank] = now
-        self._beats = beats
-        gone = ("left", "failed")
-        active = [rank for rank, beat in enumerate(beats) if beat.state not in gone and rank not in self.unheard]
-        return (
-            self._failed(now) or self._silent(active, now) or self._cut_off(active, now) or self._stalled(active, now)
-        )
-
-    def _forgive(self, now: float) -> None:
-        """If this process itself was stopped or starved for a while, that time says nothing about others."""
-        gap = now - self._last_look
-        self._last_look = now
-        if gap > 5 * INTERVAL:
-            self._heard = [moment + gap for moment in self._heard]
-            self._progressed = [moment + gap for moment in self._progressed]
-
-    def _failed(self, now: float) -> Verdict | None:
-        """Not at once: rank 0 may be about to say the same, with more words."""
-        failed = [rank for rank, beat in enumerate(self._beats) if beat.state == "failed"]
-        if not failed:
-            return None
-        self._failed_at = self._failed_at or now
-        if now - self._failed_at < DELAY_OF_FAILURES:
-            return None
-        beat = self._beats[failed[0]]
-        return Verdict(f"{self.reports[failed[0]]} failed: {beat.message}", beat.code)
-
-    def _silent(self, active: list[int], now: float) -> Verdict | None:
-        broken = any(self._beats[rank].state == "cut off" for rank in active)
-        limit = min(self.silence, SILENCE_AFTER_BREAK) if broken else self.silence
-        silent = [rank for rank in active if now - self._heard[rank] > limit]
-        if not silent:
-            return None
-        if self._beats[0].state == "left":
-            self.unheard += silent
-            return None
-        first = max(now - self._heard[rank] for rank in silent)
-        names = " and ".join(f"{self.reports[rank]}, last at {self._beats[rank].place}," for rank in silent[:8])
-        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
-        plural = len(silent) > 1
-        return Verdict(
-            f"{names}{more} {'have' if plural else 'has'} not been heard of for {first:.0f} s: "
-            f"{'they are' if plural else 'it is'} dead or stopped"
-        )
-
-    def _cut_off(self, active: list[int], now: float) -> Verdict | None:
-        """A connection broke, and all are well: say what is known."""
-        broken = [rank for rank in active if self._beats[rank].state == "cut off"]
-        if not broken:
-            return None
-        self._broken = self._broken or now
-        if now - self._broken < SILENCE_AFTER_BREAK + 4 * INTERVAL:
-            return None
-        beat = self._beats[broken[0]]
-        return Verdict(f"{self.reports[broken[0]]} lost the connection to another rank at {beat.place}: {beat.message}")
-
-    def _stalled(self, active: list[int], now: float) -> Verdict | None:
-        if not active or now - max(self._progressed[rank] for rank in active) < self.timeout:
-            return None
-        culprits = self._culprits(active)
-        names = " and ".join(f"{self.reports[rank]} at {self._beats[rank].place}" for rank in culprits[:8])
-        more = f" and {len(culprits) - 8} more" if len(culprits) > 8 else ""
-        others = "; the other ranks wait" if len(culprits) < len(active) else ""
-        return Verdict(f"no progress for {self.timeout:g} s (trainer.strategy timeout): {names}{more}{others}")
-
-    def _culprits(self, active: list[int]) -> list[int]:
-        """Those that wait for nobody, and of these the ones furthest behind; where all wait, those furthest behind."""
-        busy = [rank for rank in active if not self._beats[rank].waits] or active
-        behind = min(self._beats[rank].position for rank in busy)
-        return [rank for rank in busy if self._beats[rank].position == behind]
 
 
 class Watchdog:
@@ -230,14 +85,35 @@ class Watchdog:
         self._heard = time.monotonic()
         self._count_of_rank_0 = 0
         self._lock = threading.Lock()
+        self._stores: list[TCPStore] = []  # of the thread that beats, and of all others
         self._threads = [threading.Thread(target=self._run, daemon=True, name="watchdog")]
         if self.me.rank != 0:
             self._threads.append(threading.Thread(target=self._watch_rank_0, daemon=True, name="watchdog-store"))
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Connect, wait until all ranks have, and begin to watch; whoever does not come will be missed.
+
+        Raises:
+            RankFailure: rank 0 is gone.
+        """
+        try:
+            self._stores = [self._rendezvous.client(), self._rendezvous.client()]
+            self._await_count("watching", time.monotonic() + self._rendezvous.timeout)
+        except DistError as error:
+            raise RankFailure(
+                f"{self.me}: the store at {self._rendezvous.where} is gone, and rank 0 with it"
+            ) from error
+        self._heard = time.monotonic()
         for thread in self._threads:
             thread.start()
+
+    def _await_count(self, name: str, end: float) -> None:
+        """Count this rank, and wait until all are counted or time is up."""
+        store = self._stores[1]
+        count = store.add(self._key(name), 1)
+        while count < len(self.reports) and time.monotonic() < end:
+            time.sleep(0.1)
+            count = store.add(self._key(name), 0)
 
     # ---- what the main thread says
 
@@ -279,7 +155,7 @@ class Watchdog:
         if self.me.rank == 0:
             self._end_job(verdict)
         else:
-            self._rendezvous.client().set(self._key("death"), json.dumps(asdict(verdict)))
+            self._stores[1].set(self._key("death"), json.dumps(asdict(verdict)))
 
     def leave(self) -> None:
         """This rank is done. Rank 0 stays until all are, or until one that is not is found out."""
@@ -302,7 +178,7 @@ class Watchdog:
 
     def _run(self) -> None:
         try:
-            store = self._rendezvous.client()
+            store = self._stores[0]
             judge = Judge(self.reports, self.timeout, self.silence, time.monotonic())
             while not self._done.is_set():
                 told = self._publish(store)
@@ -405,12 +281,10 @@ class Watchdog:
             self._leave_with(verdict.code)
 
     def _tell(self, verdict: Verdict) -> None:
-        self._rendezvous.client().set(self._key("told"), json.dumps(asdict(verdict)))
+        self._stores[1].set(self._key("told"), json.dumps(asdict(verdict)))
 
     def _await_acknowledgements(self) -> None:
-        store, end = self._rendezvous.client(), time.monotonic() + ACKNOWLEDGE
-        while store.add(self._key("acknowledged"), 0) < len(self.reports) - 1 and time.monotonic() < end:
-            time.sleep(0.1)
+        self._await_count("acknowledged", time.monotonic() + ACKNOWLEDGE)
 
     def _say(self, message: str, tell: Callable[[str], None] = log.error) -> None:
         """In a thread of its own: the main thread may hold the log's lock for ever."""
@@ -438,7 +312,7 @@ def is_broken_connection(error: BaseException | None) -> bool:
 
 def position_of(thread: int | None) -> tuple[str, bool]:
     """The line a thread is at, of this project's or the user's code, and whether it waits there for other ranks."""
-    frame = sys._current_frames().get(thread) if thread is not None else None
+    frame = _current_frames().get(thread) if thread is not None else None
     waits = _waits(frame)
     while frame is not None and _is_library(frame.f_code.co_filename):
         frame = frame.f_back
@@ -446,6 +320,21 @@ def position_of(thread: int | None) -> tuple[str, bool]:
         return "", waits
     path = Path(frame.f_code.co_filename)
     return f"{path.parent.name}/{path.name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
+
+
+def _current_frames() -> dict[int, FrameType]:
+    """Where every thread is.
+
+    Before Python 3.12, a garbage collection in the midst of this call that frees a `threading.local` waits for a lock
+    that the call holds: for ever (python/cpython#106883). This rank would never be heard of again.
+    """
+    if sys.version_info >= (3, 12) or not gc.isenabled():
+        return sys._current_frames()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        gc.enable()
 
 
 def _waits(frame: FrameType | None) -> bool:

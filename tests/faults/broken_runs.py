@@ -197,9 +197,10 @@ def fit(folder: Path, *words: object, ranks: int = 1, inject: Inject = NO_FAULT,
 
 def last_step(run: Path) -> int:
     """The newest training step in the metrics, 0 before the first."""
-    if not (run / "metrics.jsonl").exists():
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b'"grad_norm"')
+    except FileNotFoundError:  # not there yet, or moved aside by a launch that begins anew
         return 0
-    return (run / "metrics.jsonl").read_bytes().count(b'"grad_norm"')
 
 
 def steps_to_repeat(run: Path) -> int:

@@ -15,7 +15,8 @@ from helpers import write_recipe
 from report import Case
 from write_points import WritePoints
 
-from llmrecipes.checkpoint import Checkpoints, newest_whole, read_info
+from llmrecipes.checkpoint import newest_whole, read_info
+from llmrecipes.checkpoint.callback import Checkpoints
 from llmrecipes.distributed import StepMarks
 
 BOUNDARY = 9

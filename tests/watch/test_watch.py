@@ -14,8 +14,8 @@ import pytest
 import yaml
 from helpers import cli
 
+from llmrecipes.distributed.judge import Beat
 from llmrecipes.distributed.rank_status import RankStatus
-from llmrecipes.distributed.watchdog import Beat
 from llmrecipes.errors import UserError
 from llmrecipes.watch.alarms import alarms
 from llmrecipes.watch.commands import Watch, watch
