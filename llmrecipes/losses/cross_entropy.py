@@ -9,6 +9,7 @@ from torch import Tensor
 
 IGNORE = -100
 BLOCK_ELEMENTS = 2**19  # softmax runs over blocks of rows small enough to stay in the CPU's cache
+COLUMNS = 8192  # ids whose gradient is added up at a time: a product of all would be half as large as the gradient
 
 
 class _Grads(NamedTuple):
@@ -50,15 +51,21 @@ def _forward(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     chunk_size = max(1, min(chunk_size, rows))
+    # Rows given: as on a GPU, of which `llmrecipes plan` asks with tensors that say they are on a CPU.
+    for_cpu = hidden.device.type == "cpu" and block_rows is None
     if block_rows is None:
-        block_rows = BLOCK_ELEMENTS // vocab if hidden.device.type == "cpu" else chunk_size
+        block_rows = BLOCK_ELEMENTS // vocab if for_cpu else chunk_size
     block = max(1, min(chunk_size, block_rows))
     buffer = hidden.new_empty(chunk_size, vocab)
     scratch = hidden.new_empty(block, vocab_size, dtype=wide)
     grads = None
+    # A CPU multiplies bf16 by a transposed operand at half its rate: better to copy the small one, and keep the sum's
+    # transpose.
+    flipped = for_cpu and wide != hidden.dtype
     if want_grad:
         # A frozen head needs none: it would be as large as the head, in fp32.
-        of_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if want_weight else None
+        shape = (weight.shape[1], vocab) if flipped else weight.shape
+        of_weight = torch.zeros(shape, dtype=wide, device=weight.device) if want_weight else None
         grads = _Grads(torch.empty_like(hidden), of_weight)
     for start in range(0, rows, chunk_size):
         part = hidden[start : start + chunk_size]
@@ -71,8 +78,15 @@ def _forward(
                 continue
             if wide == hidden.dtype:
                 grads.weight.addmm_(logits.t(), part)
+            elif flipped:
+                few = part.t().contiguous()
+                for columns, piece in zip(grads.weight.split(COLUMNS, 1), logits.split(COLUMNS, 1), strict=True):
+                    columns.add_(few @ piece)
             else:
                 grads.weight.add_(logits.t() @ part)
+    if flipped and grads is not None and grads.weight is not None:
+        del buffer, logits  # before the second copy of the gradient
+        grads = grads._replace(weight=grads.weight.t().contiguous())
     return loss, grads
 
 

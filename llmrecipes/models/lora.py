@@ -17,6 +17,7 @@ from llmrecipes.models.activation import activation
 from llmrecipes.models.dispatch import block_rows
 from llmrecipes.models.low_rank import (
     Pairs,
+    adapted_linear,
     collect_rows,
     in_product_type,
     product_type,
@@ -25,7 +26,6 @@ from llmrecipes.models.low_rank import (
     scatter_rows,
     sort_pairs,
     update_rows,
-    updates,
 )
 from llmrecipes.models.router import Router, Routing
 from llmrecipes.recipe.lora_config import LoraConfig, LoraExperts
@@ -158,13 +158,13 @@ class AdaptedLinear(nn.Linear):
         """Map ``x`` [T, in] to [T, out]."""
         adapters: list[Adapter] = list(self.lora.values())  # type: ignore[arg-type]
         first = adapters[0]
-        if first.dropout and self.training:
-            hidden = [F.linear(F.dropout(x, first.dropout), adapter.a) for adapter in adapters]
-        else:  # one product for all parts
-            together = F.linear(x, torch.cat([adapter.a for adapter in adapters]))
-            hidden = list(together.split(len(first.a), dim=-1))
-        b = [adapter.b.to(hidden[0].dtype) for adapter in adapters]
-        return super().forward(x) + updates(self.out_features, self.columns, first.scale, hidden, b)
+        a = hidden = None
+        if first.dropout and self.training:  # each part has its own mask
+            hidden = torch.cat([F.linear(F.dropout(x, first.dropout), adapter.a) for adapter in adapters], dim=-1)
+        else:
+            a = torch.cat([adapter.a for adapter in adapters])
+        b = [adapter.b for adapter in adapters]
+        return adapted_linear(x, self.weight, self.bias, self.columns, first.scale, b, a, hidden)
 
 
 @contextmanager

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,37 +21,78 @@ from llmrecipes.models.dispatch import block_rows, can_group, make_plan
 Form = Literal["grouped", "concatenated"]
 
 
-class _Updates(torch.autograd.Function):
-    """See `updates`; nothing of the size of the result is made beside it."""
+class _AdaptedLinear(torch.autograd.Function):
+    """See `adapted_linear`: one product with ``A x`` as further features and ``scale * B`` as their weights.
+
+    So no second result as large as the map's is written and added, for a copy of the map, which few rows (generation)
+    are not worth. Nothing is changed in place: selective recomputation keeps products, and would keep them changed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, width: int, columns: list[slice], scale: float, *operands: Tensor) -> Tensor:
-        hidden, b = operands[: len(columns)], operands[len(columns) :]
-        ctx.scale, ctx.columns = scale, columns
-        ctx.save_for_backward(*operands)
-        covered = sum(part.stop - part.start for part in columns) == width
-        out = (hidden[0].new_empty if covered else hidden[0].new_zeros)(len(hidden[0]), width)
-        for part, h, matrix in zip(columns, hidden, b, strict=True):
-            torch.mm(h * scale, matrix.t(), out=out[:, part])  # the scale goes to what is r wide
-        return out
+    def forward(
+        ctx: Any,
+        columns: list[slice],
+        scale: float,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        hidden: Tensor | None,
+        *b: Tensor,
+    ) -> Tensor:
+        low = hidden if a is None else F.linear(x, a)
+        assert low is not None
+        ctx.columns, ctx.scale = columns, scale
+        ctx.save_for_backward(x, weight, a, low, *b)
+        # Rows of the updates that belong to no part stay zero, and so do features of one part for the rows of another.
+        of_low = weight.new_zeros(len(weight), low.shape[1])
+        for number, (part, matrix) in enumerate(zip(columns, b, strict=True)):
+            rank = matrix.shape[1]
+            torch.mul(matrix, scale, out=of_low[part, number * rank : (number + 1) * rank])
+        if len(x) < x.shape[1]:
+            return F.linear(x, weight, bias) + F.linear(low, of_low)
+        return F.linear(torch.cat([x, low], dim=-1), torch.cat([weight, of_low], dim=-1), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        operands = ctx.saved_tensors  # asked for once: a recomputed block gives them once
-        hidden, b = operands[: len(ctx.columns)], operands[len(ctx.columns) :]
+        x, weight, a, low, *b = ctx.saved_tensors  # asked for once: a recomputed block gives them once
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[2:5]
         parts = [grad[:, part] for part in ctx.columns]
-        to_hidden = [(part @ matrix).mul_(ctx.scale) for part, matrix in zip(parts, b, strict=True)]
-        to_b = [part.t() @ (h * ctx.scale) for part, h in zip(parts, hidden, strict=True)]
-        return None, None, None, *to_hidden, *to_b
+        to_low = torch.cat([part @ matrix for part, matrix in zip(parts, b, strict=True)], dim=-1).mul_(ctx.scale)
+        # A CPU multiplies bf16 by a transposed operand at half its rate: the thin one is.
+        thin = (low * ctx.scale).t().contiguous().chunk(len(b))
+        to_b = [(h @ part).t() for h, part in zip(thin, parts, strict=True)]
+        to_x = grad @ weight if wants_x else None
+        if to_x is not None and a is not None:
+            to_x.addmm_(to_low, a)
+        to_weight = grad.t() @ x if wants_weight else None
+        to_bias = grad.sum(0) if wants_bias else None
+        to_a = None if a is None else to_low.t().contiguous() @ x
+        return None, None, to_x, to_weight, to_bias, to_a, to_low if a is None else None, *to_b
 
 
-def updates(width: int, columns: list[slice], scale: float, hidden: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Low-rank updates of some columns of a map with ``width`` of them, side by side: [T, width], zero elsewhere.
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: list[slice],
+    scale: float,
+    b: Sequence[Tensor],
+    a: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """``x W^T + bias``, with ``scale * B_i A_i x`` added to some of its columns: [T, out], in the type of products.
 
     Args:
-        columns: of each update. hidden: ``A_i x``, [T, r]. b: [columns of i, r].
+        x: [T, in]. weight: [out, in]. bias: [out].
+        columns: of each update. b: [columns of i, r] of each.
+        a: all ``A_i`` one below the other, [n r, in]. hidden: instead of it all ``A_i x`` side by side, [T, n r].
     """
-    return _Updates.apply(width, columns, scale, *hidden, *b)
+    assert (a is None) != (hidden is None)
+    x, weight, *b = in_product_type(x, weight, *b)
+    given = (None if tensor is None else tensor.to(x.dtype) for tensor in (bias, a, hidden))
+    with torch.autocast(x.device.type, enabled=False):
+        return _AdaptedLinear.apply(columns, scale, x, weight, *given, *b)
 
 
 class Pairs(NamedTuple):

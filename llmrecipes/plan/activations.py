@@ -83,7 +83,7 @@ def count_moments(config: ModelConfig, step: Step) -> Moments:
     same = len({_kind(config, i) for i in range(layers)}) == 1
     if layers <= _WHOLE or not same:
         return Moments(**_measure(config, step))
-    small, large = (_measure(_shortened(config, depth), step) for depth in _DEPTHS)
+    small, large = (_measure(shortened(config, depth), step) for depth in _DEPTHS)
     steps = (layers - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
     return Moments(**{name: large[name] + (large[name] - small[name]) * steps for name in large})
 
@@ -92,7 +92,7 @@ def _kind(config: ModelConfig, layer: int) -> tuple[Any, ...]:
     return config.moe_of(layer), config.window_of(layer), config.is_rotary_layer(layer)
 
 
-def _shortened(config: ModelConfig, depth: int) -> ModelConfig:
+def shortened(config: ModelConfig, depth: int) -> ModelConfig:
     """The first layers of a model whose layers are all alike."""
     lists = {name: getattr(config, name) for name in ("window_layers", "dense_layers", "nope_layers")}
     cut: dict[str, Any] = {name: [i for i in value if i < depth] for name, value in lists.items() if value is not None}
@@ -106,7 +106,7 @@ def _measure(config: ModelConfig, step: Step) -> dict[str, float]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder(config).train()
         if step.gathered_half or step.precision.endswith("-true"):
-            _to_half(model, step)
+            to_half(model, step)
         step.trained.apply(model)
         recompute_blocks(model, step.recompute)
         tokens = torch.zeros(step.rows, step.length, dtype=torch.int64)
@@ -121,13 +121,13 @@ def _measure(config: ModelConfig, step: Step) -> dict[str, float]:
             else:
                 held = 0
             live.moments = {"forward": live.now}
-            _watch(model, live)
-            _run(model, tokens, config, step, live)
+            mark_blocks(model, live)
+            run_step(model, tokens, config, step, live)
         before = held if step.accumulates else _grad_bytes(model)
         return {name: peak - before for name, peak in live.moments.items()}
 
 
-def _watch(model: Decoder, live: LiveBytes) -> None:
+def mark_blocks(model: Decoder, live: LiveBytes) -> None:
     """Tell ``live`` when the backward pass comes to a block."""
     for number, block in enumerate(model.layers):
         name = "last_block" if number == len(model.layers) - 1 else "between" if number else "first_block"
@@ -145,7 +145,7 @@ def _grad_bytes(model: nn.Module) -> int:
     return sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
 
 
-def _to_half(model: nn.Module, step: Step) -> None:
+def to_half(model: nn.Module, step: Step) -> None:
     """Weights as they come to the products: in half precision, routers in fp32 where they are gathered so."""
     if step.half is None:
         return
@@ -156,7 +156,8 @@ def _to_half(model: nn.Module, step: Step) -> None:
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=step.half)))
 
 
-def _run(model: Decoder, tokens: Tensor, config: ModelConfig, step: Step, live: LiveBytes) -> None:
+def run_step(model: Decoder, tokens: Tensor, config: ModelConfig, step: Step, live: LiveBytes) -> None:
+    """Forward and backward pass of a micro-batch; ``live`` is told when the loss begins."""
     mixed = step.half is not None and step.precision.endswith("-mixed")
     with torch.autocast("cpu", step.half) if mixed else nullcontext():
         layout = (step.layout or assumed_layout(step.length, False, "")).of(step.rows)

@@ -74,18 +74,21 @@ def test_one_side_frozen(frozen):
         torch.testing.assert_close(got, want[0])
 
 
-def test_autocast_multiplies_in_bf16_and_adds_in_fp32():
+@pytest.mark.parametrize(("columns", "block_rows"), [(64, None), (8192, None), (8192, 32)], ids=["few", "all", "gpu"])
+def test_autocast_multiplies_in_bf16_and_adds_in_fp32(columns, block_rows, monkeypatch):
+    monkeypatch.setattr("llmrecipes.losses.cross_entropy.COLUMNS", columns)
     hidden, weight, labels = operands(600, 64, 500, torch.float32, 0.1)
     weight.data /= 8
     exact = F.cross_entropy(hidden.double() @ weight.double().t(), labels, reduction="sum")
     exact_grads = torch.autograd.grad(exact, (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, count = linear_cross_entropy(hidden, weight, labels, 128)
+        loss, count = linear_cross_entropy(hidden, weight, labels, 128, block_rows=block_rows)
     assert loss.dtype == torch.float32
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert abs(loss.item() - exact.item()) / int(count) < 1e-3
     for got, want in zip(grads, exact_grads, strict=True):
         assert got.dtype == torch.float32
+        assert got.is_contiguous()
         assert ((got - want).norm() / want.norm()).item() < 1e-2
 
 

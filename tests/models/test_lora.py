@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from llmrecipes.errors import UserError
 from llmrecipes.losses import linear_cross_entropy
 from llmrecipes.models import Decoder, LoraConfig, LoraExperts, ModelConfig, init_weights
-from llmrecipes.models.low_rank import choose_form, routed_update, sort_pairs, updates
+from llmrecipes.models.low_rank import adapted_linear, choose_form, routed_update, sort_pairs
 from llmrecipes.modules.trainable import GROUPS, frozen_active, matching, set_trainable
 
 SIZES = {"vocab_size": 64, "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48}
@@ -147,20 +147,49 @@ def test_forms_and_gradients_equal_the_definition(n, k, r, null):
         assert (wrong - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("rows", [5, 8], ids=["few", "many"])  # beside 7 features
+@pytest.mark.parametrize("given", ["a", "hidden"])
 @pytest.mark.parametrize("columns", [[slice(0, 6), slice(6, 9)], [slice(2, 5)]], ids=["all", "some"])
-def test_updates_of_columns_and_their_gradients_equal_the_definition(columns):
+def test_an_adapted_map_and_its_gradients_equal_the_definition(columns, given, rows):
     draw = torch.Generator().manual_seed(0)
-    hidden = [torch.randn(5, 4, dtype=torch.float64, generator=draw, requires_grad=True) for _ in columns]
-    b = [torch.randn(c.stop - c.start, 4, dtype=torch.float64, generator=draw, requires_grad=True) for c in columns]
-    expected = torch.zeros(5, 9, dtype=torch.float64)
-    for part, h, matrix in zip(columns, hidden, b, strict=True):
-        expected[:, part] = 0.7 * h.detach() @ matrix.detach().t()
-    torch.testing.assert_close(updates(9, columns, 0.7, hidden, b), expected, rtol=1e-13, atol=1e-13)
 
-    def of(*operands):
-        return updates(9, columns, 0.7, list(operands[: len(columns)]), list(operands[len(columns) :]))
+    def drawn_for(*size):
+        return torch.randn(size, dtype=torch.float64, generator=draw, requires_grad=True)
 
-    assert torch.autograd.gradcheck(of, (*hidden, *b))
+    x, weight, bias, a = drawn_for(rows, 7), drawn_for(9, 7), drawn_for(9), drawn_for(4 * len(columns), 7)
+    b = [drawn_for(part.stop - part.start, 4) for part in columns]
+
+    def of(x, weight, bias, a, *b):
+        low = {"a": a} if given == "a" else {"hidden": x @ a.t()}
+        return adapted_linear(x, weight, bias, columns, 0.7, list(b), **low)
+
+    expected = x @ weight.t() + bias
+    for part, matrix, into in zip(columns, b, a.split(4), strict=True):
+        update = torch.zeros(rows, 9, dtype=torch.float64)
+        update[:, part] = 0.7 * x.detach() @ into.detach().t() @ matrix.detach().t()
+        expected = expected + update
+    found = of(x, weight, bias, a, *b)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    assert (of(x, weight, bias, a, *(matrix.flip(0) for matrix in b)) - expected).abs().max() > 0.1  # mutant
+    assert torch.autograd.gradcheck(of, (x, weight, bias, a, *b))
+    assert torch.autograd.gradcheck(lambda a, *b: of(x.detach(), weight.detach(), bias.detach(), a, *b), (a, *b))
+
+
+def test_in_bf16_an_adapted_map_is_nearer_to_fp64_than_the_separate_products():
+    """One rounding of the sum where there were two; what is small beside the frozen map is not lost."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight, a = (torch.randn(size, generator=draw).bfloat16() for size in ((256, 64), (96, 64), (8, 64)))
+    b, columns = (1e-2 * torch.randn(96, 8, generator=draw)).bfloat16(), [slice(0, 96)]
+    exact = x.double() @ weight.double().t() + 0.5 * x.double() @ a.double().t() @ b.double().t()
+    apart = F.linear(x, weight) + F.linear(F.linear(x, a) * 0.5, b)
+    found = adapted_linear(x, weight, None, columns, 0.5, [b], a)
+
+    def error(out):
+        return (out.double() - exact).norm() / exact.norm()
+
+    assert error(found) < error(apart) < 5e-3
+    base = F.linear(x, weight)
+    assert error(base) > 5 * error(found)  # mutant: no update at all
 
 
 def test_all_tokens_to_the_null_expert_and_none_at_all():
