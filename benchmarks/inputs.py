@@ -99,12 +99,12 @@ def dump_batches(folder: Path, prefix: Path) -> None:
 
 def write_texts(folder: Path, megabytes: float, given: Sequence[Path]) -> None:
     """``texts.jsonl``: so much of the given JSONL files in equal parts, else of the demo corpus."""
-    from data_prep.demo_corpus import demo
+    from data_prep.demo_corpus import DOMAINS, demo
 
     files = list(given)
     if not files:
         demo(str(folder / "demo"), documents=max(100, int(megabytes * 1_700)), overwrite=True)
-        files = [path for path in sorted((folder / "demo").glob("*.jsonl")) if path.name != "questions.jsonl"]
+        files = [folder / "demo" / f"{domain}.jsonl" for domain in DOMAINS]
     with (folder / "texts.jsonl").open("w", encoding="utf-8") as out:
         for path in files:
             left = megabytes * 1e6 / len(files)

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.table import put_between_markers
 from llmrecipes.distributed.recompute import recompute_blocks
 from llmrecipes.models import Decoder
-from llmrecipes.plan.activations import LiveBytes, Step, _run, _shortened, _to_half, _watch
+from llmrecipes.plan.activations import LiveBytes, Step, mark_blocks, run_step, shortened, to_half
 from llmrecipes.plan.estimate import step_of
 from llmrecipes.plan.hardware import GPU, GPUs, parse_gpus
 from llmrecipes.plan.job import Job, read_job
@@ -164,7 +164,7 @@ def attention_flops(ins: list[Tensor], backward: bool) -> float:
 
 def micro_batch_work(config: ModelConfig, step: Step, gpu: GPU) -> dict[str, Work]:
     """Of the forward and backward pass, recomputation included; two small depths are run, the rest is linear."""
-    small, large = (_work(_shortened(config, depth), step, gpu) for depth in _DEPTHS)
+    small, large = (_work(shortened(config, depth), step, gpu) for depth in _DEPTHS)
     more = (config.num_layers - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
     found = {}
     for kind, work in large.items():
@@ -177,13 +177,13 @@ def _work(config: ModelConfig, step: Step, gpu: GPU) -> dict[str, Work]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder(config).train()
         if step.gathered_half or step.precision.endswith("-true"):
-            _to_half(model, step)
+            to_half(model, step)
         recompute_blocks(model, step.recompute)
         tokens = torch.zeros(step.rows, step.length, dtype=torch.int64)
         work = Roofline(config, step, gpu)
         with work:
-            _watch(model, work)
-            _run(model, tokens, config, step, work)
+            mark_blocks(model, work)
+            run_step(model, tokens, config, step, work)
     return work.kinds
 
 

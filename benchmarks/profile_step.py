@@ -114,10 +114,10 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Run ours with the profiler in the place of the clock."""
-    from benchmarks.cases import ours
+    from benchmarks.cases import chat, ours
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["dense", "moe"])
+    parser.add_argument("model", choices=["dense", "moe", "sft", "lora", "dpo"])
     parser.add_argument("dtype", choices=["bf16", "fp32"])
     parser.add_argument("--output", type=Path, default=None, help="default: runs/bench/profile_MODEL_DTYPE.txt")
     parser.add_argument("--inputs", default="runs/bench/inputs")
@@ -130,7 +130,8 @@ def main() -> None:
     callbacks = f'[{{"class_path": "benchmarks.profile_step.StepProfile", "init_args": {{"output": "{output}"}}}}]'
     steps = str(WARMUP + PROFILED)
     places = {"ours": sys.executable, "inputs": asked.inputs, "work": asked.work, "steps": steps, "run": "profile"}
-    command = [part.format_map(places) for part in ours(asked.model, asked.dtype).command]
+    program = ours(asked.model, asked.dtype) if asked.model in ("dense", "moe") else chat(asked.model)
+    command = [part.format_map(places) for part in program.command]
     with output.open("a", encoding="utf-8") as file:
         file.write(f"{asked.model} {asked.dtype} {' '.join(asked.more)}\n")
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -96,6 +96,17 @@ def test_a_program_that_fails_is_a_row_that_says_so(tmp_path):
     assert "yes" not in row
 
 
+def test_what_a_program_leaves_goes_with_its_record_and_stays_where_it_failed(tmp_path):
+    order = tmp_path / "order.txt"
+    group = a_group(program("ours", order, record(2.0)), Peer(program("it", order, "fail"), 1.0))
+    folders = [tmp_path / f"A_bf16_{name}_0" for name in ("ours", "it")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "checkpoint").write_text("large")
+    run_group(group, Plan(1, 2, 3), {"ours": sys.executable}, tmp_path)
+    assert [folder.exists() for folder in folders] == [False, True]
+
+
 def test_share_of_the_machines_matmul_rate():
     rows = group_rows(a_group(Program("ours", ())), {"ours": [record(2.0, matmul=1024.0)]})
     assert "| 512 | 50% |" in rows[0]  # 2,048 tokens per CPU second x 250 MFLOP, of 1,024 GFLOP
