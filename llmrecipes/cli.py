@@ -137,6 +137,9 @@ def _run(name: str, words: list[str], only_tells: bool, signals: StopSignals | N
             raise UserError(*problems)
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # must be set before torch loads its threads; see docs/decisions.md
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # pages about closed connections; the errors say the same
+    from llmrecipes.run.postponed import postpone_metrics
+
+    postpone_metrics()
     from llmrecipes.checkpoint import CheckpointError
     from llmrecipes.errors import RankFailure
     from llmrecipes.modules import TrainingStopped

@@ -1,10 +1,27 @@
 """What watches a run: progress line and metrics file, samples, loss curve, graceful stop."""
 
-from llmrecipes.callbacks.graceful_stop import GracefulStop
-from llmrecipes.callbacks.logging import Logging
-from llmrecipes.callbacks.loss_curve import LossCurve, draw_loss_curve
-from llmrecipes.callbacks.routing_map import RoutingMap
-from llmrecipes.callbacks.samples import Samples
-from llmrecipes.callbacks.stability_guard import StabilityGuard
+from __future__ import annotations
 
-__all__ = ["GracefulStop", "Logging", "LossCurve", "RoutingMap", "Samples", "StabilityGuard", "draw_loss_curve"]
+from typing import Any
+
+from llmrecipes.lazy import named
+
+_HOME = {
+    "GracefulStop": "graceful_stop",
+    "Logging": "logging",
+    "LossCurve": "loss_curve",
+    "RoutingMap": "routing_map",
+    "Samples": "samples",
+    "StabilityGuard": "stability_guard",
+    "draw_loss_curve": "loss_curve",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a report reads metrics without Lightning."""
+    return named(__name__, _HOME, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

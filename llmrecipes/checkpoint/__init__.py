@@ -1,7 +1,9 @@
-"""Checkpoints: an atomic writer for all ranks, a verifying reader that reshards, retention, and their callback."""
+"""Checkpoints: an atomic writer for all ranks, a verifying reader that reshards, retention.
+
+Their callback is in :mod:`llmrecipes.checkpoint.callback`: what reads a checkpoint needs no Lightning.
+"""
 
 from llmrecipes.checkpoint.base import base_of, describe_base, weight_folders
-from llmrecipes.checkpoint.callback import Checkpoints
 from llmrecipes.checkpoint.errors import CheckpointError
 from llmrecipes.checkpoint.files import (
     read_checkpoint,
@@ -17,7 +19,6 @@ from llmrecipes.checkpoint.state import TrainingState
 
 __all__ = [
     "CheckpointError",
-    "Checkpoints",
     "TrainingState",
     "base_of",
     "checkpoints",

@@ -1,8 +1,25 @@
 """Hugging Face checkpoints in and out."""
 
-from llmrecipes.convert.config_in import config_from_hf
-from llmrecipes.convert.config_out import config_to_hf
-from llmrecipes.convert.families import hf_family
-from llmrecipes.convert.weights import from_hf_state_dict, to_hf_state_dict
+from __future__ import annotations
 
-__all__ = ["config_from_hf", "config_to_hf", "from_hf_state_dict", "hf_family", "to_hf_state_dict"]
+from typing import Any
+
+from llmrecipes.lazy import named
+
+_HOME = {
+    "config_from_hf": "config_in",
+    "config_to_hf": "config_out",
+    "from_hf_state_dict": "weights",
+    "hf_family": "families",
+    "to_hf_state_dict": "weights",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a configuration is translated, and a report written, without torch."""
+    return named(__name__, _HOME, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmrecipes.checkpoint.durable import sync_folder, write_file
 from llmrecipes.checkpoint.tensor_file import Slot, file_order, header
+from llmrecipes.convert.origin import ORIGIN
 from llmrecipes.convert.weight_files import WeightFiles
 from llmrecipes.errors import UserError
 
@@ -121,9 +122,6 @@ def _bits(tensor: Tensor) -> Tensor:
 def write_json(path: Path, content: Any) -> None:
     """A JSON file, flushed to disk."""
     write_file(path, [json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n"])
-
-
-ORIGIN = "made_from.json"
 
 
 def write_origin(folder: Path, command: str, base: str, parts: Sequence[str] = ()) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
+
+from llmrecipes.lazy import named
 
 _HOME = {
     "Batch": "batch",
@@ -25,10 +26,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use (PEP 562): writing shards needs neither torch nor Lightning."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    """Import on first use: writing shards needs neither torch nor Lightning."""
+    return named(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

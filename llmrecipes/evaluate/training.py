@@ -14,7 +14,8 @@ from typing import Any
 import lightning.pytorch as L
 
 from data_prep.frame.config import read_config
-from llmrecipes.callbacks import GracefulStop, Logging
+from llmrecipes.callbacks.graceful_stop import GracefulStop
+from llmrecipes.callbacks.logging import Logging
 from llmrecipes.callbacks.media import show_table
 from llmrecipes.errors import UserError
 from llmrecipes.evaluate.config import EvaluateConfig

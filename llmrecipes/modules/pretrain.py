@@ -196,4 +196,4 @@ class PretrainModule(StepModule):
             router.bias.add_(bias_update(mine, rate) * applied)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        raise UserError("Lightning's own checkpoints are not written here: llmrecipes.checkpoint.Checkpoints does it")
+        raise UserError("Lightning's own checkpoints are not written here: the recipe's section checkpoint does it")

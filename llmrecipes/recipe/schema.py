@@ -22,7 +22,7 @@ from llmrecipes.recipe.types import (
 # Sections whose keys are the arguments of one class.
 SECTION_CLASSES = {
     "trainer": "lightning.pytorch.Trainer",
-    "checkpoint": "llmrecipes.checkpoint.Checkpoints",
+    "checkpoint": "llmrecipes.checkpoint.callback.Checkpoints",
     "logging": "llmrecipes.callbacks.Logging",
     "samples": "llmrecipes.callbacks.Samples",
     "stop": "llmrecipes.callbacks.GracefulStop",

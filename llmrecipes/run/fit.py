@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from llmrecipes.callbacks import GracefulStop, Logging, draw_loss_curve
-from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE
+from llmrecipes.callbacks.graceful_stop import EXIT_RESUMABLE, GracefulStop
+from llmrecipes.callbacks.logging import Logging
+from llmrecipes.callbacks.loss_curve import draw_loss_curve
 from llmrecipes.callbacks.metrics_file import MetricsFile, read_metrics
 from llmrecipes.checkpoint import base_of, describe_base, newest_whole, read_info
 from llmrecipes.distributed import ReadMark, SelfCheck, ShardedStrategy, StepMarks, ranks_end_together

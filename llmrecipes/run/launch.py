@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from llmrecipes.callbacks import StabilityGuard
-from llmrecipes.checkpoint import Checkpoints
+from llmrecipes.callbacks.stability_guard import StabilityGuard
+from llmrecipes.checkpoint.callback import Checkpoints
 from llmrecipes.errors import UserError
 from llmrecipes.optim import Restart
 from llmrecipes.recipe import Duration

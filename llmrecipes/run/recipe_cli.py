@@ -13,8 +13,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from llmrecipes.callbacks import GracefulStop, Logging, LossCurve, RoutingMap, Samples, StabilityGuard
-from llmrecipes.checkpoint import Checkpoints, checkpoints
+from llmrecipes.callbacks.graceful_stop import GracefulStop
+from llmrecipes.callbacks.logging import Logging
+from llmrecipes.callbacks.loss_curve import LossCurve
+from llmrecipes.callbacks.routing_map import RoutingMap
+from llmrecipes.callbacks.samples import Samples
+from llmrecipes.callbacks.stability_guard import StabilityGuard
+from llmrecipes.checkpoint import checkpoints
+from llmrecipes.checkpoint.callback import Checkpoints
 from llmrecipes.data import StepData
 from llmrecipes.distributed import ShardedStrategy
 from llmrecipes.distributed.rank_status import FILE as RANKS_FILE

@@ -15,13 +15,13 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from llmrecipes.callbacks import Logging
 from llmrecipes.callbacks.events import append_event
+from llmrecipes.callbacks.logging import Logging
 from llmrecipes.callbacks.metrics_file import read_metrics
 from llmrecipes.callbacks.skipped_steps import Rollback, SkippedSteps, read_rollbacks, write_rollbacks
 from llmrecipes.callbacks.stability_guard import Incident, Restored
-from llmrecipes.checkpoint import Checkpoints, checkpoints, quarantine, read_info, whole_checkpoints
-from llmrecipes.checkpoint.callback import Validated, on_first_rank
+from llmrecipes.checkpoint import checkpoints, quarantine, read_info, whole_checkpoints
+from llmrecipes.checkpoint.callback import Checkpoints, Validated, on_first_rank
 from llmrecipes.checkpoint.files import step_of
 from llmrecipes.checkpoint.retention import point_latest
 

@@ -12,9 +12,9 @@ import torch
 from states import Saboteur, disk_full
 from torch import nn
 
-from llmrecipes.checkpoint import CheckpointError, Checkpoints, checkpoints, newest_whole, read_info, write_checkpoint
+from llmrecipes.checkpoint import CheckpointError, checkpoints, newest_whole, read_info, write_checkpoint
 from llmrecipes.checkpoint import callback as callback_module
-from llmrecipes.checkpoint.callback import Validated, set_loop_position
+from llmrecipes.checkpoint.callback import Checkpoints, Validated, set_loop_position
 
 QUIET = {
     "max_epochs": -1,

@@ -184,7 +184,7 @@ POINTS = (
 def die_after(monkeypatch, point):
     """Let this process end, as ``kill -9`` would, right after ``point``."""
     from llmrecipes.callbacks import Logging
-    from llmrecipes.checkpoint import Checkpoints
+    from llmrecipes.checkpoint.callback import Checkpoints
     from llmrecipes.run import rollback
 
     if point.startswith("step"):

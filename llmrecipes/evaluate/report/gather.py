@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from llmrecipes.callbacks.metrics_file import read_metrics
-from llmrecipes.convert.writing import ORIGIN
+from llmrecipes.convert.origin import ORIGIN
 from llmrecipes.errors import UserError
 from llmrecipes.evaluate.store import ANSWERS, SUMMARY, evaluations, read_json, step_of
 from llmrecipes.recipe import diff, read_recipe
