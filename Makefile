@@ -53,6 +53,9 @@ runs/dpo_cpu/DONE: runs/sft_cpu/DONE
 runs/%/evaluation/held_out/summary.json: runs/%/DONE
 	$(EVALUATE) --model runs/$*
 
+# One thread: a second one helps models as small as these on a quiet machine only, and halves their speed where it has
+# to wait for its core (docs/log.md). The figures then do not depend on the number of cores either.
+demo: export OMP_NUM_THREADS ?= 1
 demo: $(CHAT:%=%/evaluation/held_out/summary.json)  ## from nothing to a chat model of experts: the whole life-cycle, and what each stage changed
 	$(RUN) report $(SEED) $(EXPERTS) $(CHAT) --output runs/report --title "make demo"
 	@echo
