@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def start_log(folder: Path | None = None, rank: str = "") -> None:
         folder: of ``log.txt``; None = console only.
         rank: ``rank 3`` where this is not the first process: its warnings go to ``log-rank00003.txt``.
     """
+    # tqdm's own lock is shared with processes forked later: one that is killed while it prints would silence them all.
+    tqdm.set_lock(threading.RLock())
     for handler in list(log.handlers):
         handler.close()
         log.removeHandler(handler)

@@ -159,14 +159,14 @@ def test_data_preparation_with_a_killed_worker(cluster, work):
     from stages import hashes, run_stage, write
     from test_frame import sentences
 
-    for part in range(12):  # six for each worker: after the first file the other has more to do
-        write(work / "in" / f"{part:02}.jsonl", sentences(500, part))
+    for part in range(12):  # six for each worker; the last one takes seconds, within which it is killed
+        write(work / "in" / f"{part:02}.jsonl", sentences(16_000 if part == 11 else 500, part))
     run_stage("clean", input=[str(work / "in")], output=work / "whole")
     words = ["--array=0-1", "--cpus-per-task=1", "--mem=1G", "slurm/data_array.sbatch"]
     words += ["clean", "--input", "in", "--output", "out"]
     first = cluster.sbatch(*words, cwd=work)
     cluster.until(lambda: list((work / "out").rglob("*.zst")), "the first file")
-    cluster.run("scancel", "--signal=KILL", f"{first}_1")
+    cluster.run("scancel", "--signal=KILL", f"{first}_0")  # the task with the largest file
     assert set(cluster.wait(first)) > {"COMPLETED"}
     assert not (work / "out" / "manifest.json").exists()
     assert set(cluster.wait(cluster.sbatch(*words, cwd=work))) == {"COMPLETED"}
