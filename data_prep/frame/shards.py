@@ -92,6 +92,8 @@ def open_output(stage: str, config: StageConfig, inputs: list[Shard]) -> Path:
     for shard in inputs:
         if shard.path.absolute().is_relative_to(output.absolute()):
             raise UserError(f"{output}: the results would go where the input {shard.path} is; choose another output")
+    # Looked at before the mark is: another task of an array may begin right now, and makes the mark before any result.
+    used = output.is_dir() and any(path.name != ".done" for path in output.iterdir())
     job = output / ".done" / "job.json"
     key: dict[str, Any] = {"stage": stage, "format": FORMAT, "recipe": content(config)}
     if job.is_file() and (begun := json.loads(job.read_text())) != json.loads(json.dumps(key)):
@@ -101,7 +103,7 @@ def open_output(stage: str, config: StageConfig, inputs: list[Shard]) -> Path:
             what = f"other values of {', '.join(other)}" if other else f"another stage ({begun['stage']})"
             raise UserError(f"{output}: was made by {what}; choose another output, or say --overwrite true")
         _clear(output)
-    elif not job.is_file() and output.is_dir() and any(output.iterdir()):
+    elif not job.is_file() and used:
         raise UserError(f"{output}: is not empty, and not made by this command; choose another output")
     if not job.is_file():
         write_json(job, key)

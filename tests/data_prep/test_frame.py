@@ -12,9 +12,10 @@ import pytest
 import zstandard
 from stages import hashes, manifest, read, run_stage, texts, write
 
+from data_prep.frame import shards
 from data_prep.frame.chance import unit
 from data_prep.frame.config import read_config
-from data_prep.frame.records import Broken, JsonlWriter, read_documents
+from data_prep.frame.records import Broken, JsonlWriter, partial_name, read_documents
 from data_prep.frame.shards import _share, _task, find_shards
 from data_prep.frame.tally import Flow, Tally
 from data_prep.stages.clean import CleanConfig
@@ -199,6 +200,24 @@ def test_tasks_of_an_array_do_together_what_one_does(tmp_path, monkeypatch, caps
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
         run_stage("clean", input=[str(tmp_path / "in")], output=tmp_path / "array")
     assert hashes(tmp_path / "array") == hashes(tmp_path / "whole")
+
+
+def test_tasks_that_begin_at_the_same_moment(tmp_path, monkeypatch):
+    """One has made the folder of marks and not the mark when the other looks."""
+    write(tmp_path / "in" / "a.jsonl", [GOOD])
+    real, looked = shards.write_json, []
+
+    def write_json(path, value):
+        if path.name == "job.json" and not looked:
+            path.parent.mkdir(parents=True)
+            partial_name(path).touch()
+            looked.append(path)
+            run_stage("clean", input=[str(tmp_path / "in")], output=tmp_path / "out", task="1/2")
+        real(path, value)
+
+    monkeypatch.setattr(shards, "write_json", write_json)
+    run_stage("clean", input=[str(tmp_path / "in")], output=tmp_path / "out", task="0/2")
+    assert looked and texts(tmp_path / "out") == [GOOD]
 
 
 def test_shares_of_tasks_are_disjoint_and_complete(tmp_path):
