@@ -123,8 +123,9 @@ def main() -> None:
     parser.add_argument("--inputs", default="runs/bench/inputs")
     parser.add_argument("--work", default="runs/bench/work")
     parser.add_argument("--table", type=Path, default=None, help="Markdown file with the markers")
-    parser.add_argument("more", nargs="*", help="after --: further words for llmrecipes fit")
-    asked = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)  # what follows is for llmrecipes fit
+    asked, more = parser.parse_args(words[:end]), words[end + 1 :]
     output = asked.output or Path(f"runs/bench/profile_{asked.model}_{asked.dtype}.txt")
     output.parent.mkdir(parents=True, exist_ok=True)
     callbacks = f'[{{"class_path": "benchmarks.profile_step.StepProfile", "init_args": {{"output": "{output}"}}}}]'
@@ -133,9 +134,9 @@ def main() -> None:
     program = ours(asked.model, asked.dtype) if asked.model in ("dense", "moe") else chat(asked.model)
     command = [part.format_map(places) for part in program.command]
     with output.open("a", encoding="utf-8") as file:
-        file.write(f"{asked.model} {asked.dtype} {' '.join(asked.more)}\n")
+        file.write(f"{asked.model} {asked.dtype} {' '.join(more)}\n")
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--trainer.callbacks", callbacks, *asked.more], check=True, env=one_thread)
+    subprocess.run([*command, "--trainer.callbacks", callbacks, *more], check=True, env=one_thread)
     text = table(json.loads(output.with_suffix(".json").read_text(encoding="utf-8")))
     print(text)
     if asked.table is not None:

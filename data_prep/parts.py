@@ -52,12 +52,6 @@ class Part:
             num_bytes, num_empty = (int(count) for count in saved["counts"])
             return cls(saved["tokens"], saved["lengths"], saved["characters"], num_bytes, num_empty)
 
-    def documents(self) -> Iterator[tuple[np.ndarray, int]]:
-        """(ids, characters) of each document."""
-        ends = np.cumsum(self.lengths)
-        for start, end, characters in zip(ends - self.lengths, ends, self.characters, strict=True):
-            yield self.tokens[start:end], int(characters)
-
 
 class Parts:
     """The folder `<prefix>.parts`: numbered parts, the key of the job they belong to, and a lock.

@@ -132,8 +132,7 @@ def _tokenize_one(
             config_hash=key,
         ) as writer:
             for part in parts.read(num_parts):
-                for ids, characters in part.documents():
-                    writer.add(ids, characters)
+                writer.extend(part.tokens, part.lengths, int(part.characters.sum()))
                 num_empty, num_bytes = num_empty + part.num_empty, num_bytes + part.num_bytes
         parts.remove()
     print(f"{prefix}: " + _summary(writer.manifest, num_empty, num_bytes, time.perf_counter() - started, num_reused))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -71,6 +72,7 @@ def datasets(source: Path, tokenizer: Path, out: Path) -> int:
         return {"ids": [[*ids, end] for ids in fast(rows["text"], add_special_tokens=False)["input_ids"]]}
 
     folder = out.with_name(out.name + ".cache")
+    shutil.rmtree(folder, ignore_errors=True)  # what an earlier run has left would be taken instead of made
     rows = load_dataset("json", data_files=str(source), split="train", cache_dir=str(folder))
     made = rows.map(encode, batched=True, remove_columns=rows.column_names)
     made.save_to_disk(str(out.with_name(out.name + ".arrow")))

@@ -97,21 +97,36 @@ class ShardWriter:
         Raises:
             UserError: an id is negative or not below the vocabulary size.
         """
-        tokens = np.asarray(ids)
-        assert tokens.ndim == 1 and 0 < len(tokens) < 2**31, "a document is a flat, non-empty list of ids"
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
+        self.extend(np.asarray(ids), np.array([len(ids)]), num_characters)
+
+    def extend(self, tokens: np.ndarray, lengths: np.ndarray, num_characters: int = 0) -> None:
+        """Append many documents at once.
+
+        Args:
+            tokens: ids of all, one after another, EOS included.
+            lengths: of each document, at least one id, [D].
+            num_characters: of all.
+
+        Raises:
+            UserError: an id is negative or not below the vocabulary size.
+        """
+        assert tokens.ndim == 1 and lengths.sum() == len(tokens), "documents are flat lists of ids"
+        assert 0 < lengths.min(initial=1) and lengths.max(initial=1) < 2**31, "a document is a non-empty list of ids"
+        if not len(tokens):
+            return
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
+            wrong = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
+            document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), wrong, side="right"))
             raise UserError(
-                f"{self.prefix}: document {self.num_documents} has id {wrong}, the vocabulary has {self.vocab_size} ids"
+                f"{self.prefix}: document {document} has id {tokens[wrong]}, the vocabulary has {self.vocab_size} ids"
             )
-        data = tokens.astype(self.dtype).tobytes()
+        data = tokens.astype(self.dtype, copy=False).tobytes()
         self._file.write(data)
         self._checksum.update(data)
-        self._lengths.append(len(tokens))
+        self._lengths.extend(lengths.tolist())
         self.num_tokens += len(tokens)
         self.num_characters += num_characters
-        self.max_id = max(self.max_id, high)
+        self.max_id = max(self.max_id, int(tokens.max()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 from llmrecipes.errors import UserError
 
 EOS_PIECES = ("</s>", "<|endoftext|>", "<EOD>", "<eod>", "<|end_of_text|>", "<eos>", "<EOD|LLM-jp>")
+_AT_A_TIME = 64
 
 
 class Tokenizer:
@@ -44,6 +46,7 @@ class Tokenizer:
             else:
                 import tokenizers
 
+                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read by the library at each call
                 self._fast = tokenizers.Tokenizer.from_file(str(fast))
         except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
             raise UserError(f"{self.path}: not a readable tokenizer: {str(error).splitlines()[0]}") from None
@@ -122,7 +125,10 @@ class Tokenizer:
         """``encode`` of many texts, in one thread: processes, one per core, are how to use more."""
         if self._pieces is not None:
             return self._pieces.encode(list(texts), out_type=int, add_bos=False, add_eos=False, num_threads=1)
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        # An encoding is far larger than its ids; a few at a time stay in the cache.
+        groups = (list(texts[start : start + _AT_A_TIME]) for start in range(0, len(texts), _AT_A_TIME))
+        encoded = (self._fast.encode_batch_fast(group, add_special_tokens=False) for group in groups)
+        return [encoding.ids for group in encoded for encoding in group]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control pieces (EOS) give nothing."""

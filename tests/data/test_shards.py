@@ -192,6 +192,27 @@ def test_failure_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_many_documents_at_once_are_the_same_shard(tmp_path):
+    draw = np.random.default_rng(1)
+    documents = [draw.integers(0, 50, length) for length in draw.integers(1, 40, 200)]
+    lengths = np.array([len(ids) for ids in documents])
+    with ShardWriter(tmp_path / "one", 50, eos_id=2, tokenizer_sha256="t") as writer:
+        for ids in documents:
+            writer.add(ids, 3)
+    with ShardWriter(tmp_path / "many", 50, eos_id=2, tokenizer_sha256="t") as writer:
+        for part in (slice(0, 90), slice(90, 90), slice(90, 200)):
+            tokens = np.concatenate([np.zeros(0, int), *documents[part]])
+            writer.extend(tokens, lengths[part], 3 * len(lengths[part]))
+    for ending in ("bin", "idx", "json"):
+        assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"many.{ending}").read_bytes()
+    with (
+        pytest.raises(UserError, match="document 3 has id -1, the vocabulary has 50 ids"),
+        ShardWriter(tmp_path / "bad", 50, eos_id=2, tokenizer_sha256="t") as writer,
+    ):
+        writer.add([1])
+        writer.extend(np.array([1, 2, 3, 4, -1, 5]), np.array([2, 2, 1, 1]))
+
+
 def test_needs_no_torch():
     code = "import sys, llmrecipes.data as d; d.ShardWriter, d.Tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
