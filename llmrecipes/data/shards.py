@@ -111,7 +111,7 @@ class ShardWriter:
             UserError: an id is negative or not below the vocabulary size.
         """
         assert tokens.ndim == 1 and lengths.sum() == len(tokens), "documents are flat lists of ids"
-        assert 0 < lengths.min(initial=1) and lengths.max(initial=1) < 2**31, "a document is a non-empty list of ids"
+        assert lengths.min(initial=1) > 0 and lengths.max(initial=1) < 2**31, "a document is a non-empty list of ids"
         if not len(tokens):
             return
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
