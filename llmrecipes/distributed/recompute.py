@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llmrecipes.kernels.attention import OPERATOR
+
 Recompute = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
@@ -22,6 +24,7 @@ _KEPT = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._flash_attention_forward.default,
+    OPERATOR,
 }
 
 

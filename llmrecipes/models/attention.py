@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrecipes.kernels.attention import attention, has_kernel
 from llmrecipes.models.context import SequenceContext
 from llmrecipes.models.layers import make_norm
 from llmrecipes.models.lora import Routes, apply_linear, make_linear
@@ -87,9 +88,18 @@ def attend(
     Returns:
         [B, T, heads, width].
     """
-    if context.lengths is None:
-        return _attend_rows(query, key, value, _mask(context, window), dropout, scale)
-    return _attend_documents(query, key, value, context, window, dropout, scale)
+    if context.lengths is not None:
+        return _attend_documents(query, key, value, context, window, dropout, scale)
+    if _on_cpu_kernel(value, context, dropout):
+        flat = (x.flatten(0, 1) for x in (query, key, value))
+        return _attend_on_cpu(*flat, context, window, scale).view(query.shape)
+    return _attend_rows(query, key, value, _mask(context, window), dropout, scale)
+
+
+def _on_cpu_kernel(value: Tensor, context: SequenceContext, dropout: float) -> bool:
+    plain = context.bias is None and context.visible is None and dropout == 0.0
+    on_cpu = context.cu_seqlens is not None and value.device.type == "cpu"
+    return on_cpu and plain and has_kernel(value.dtype, value.shape[-1])
 
 
 def _mask(context: SequenceContext, window: int | None) -> Tensor | None:
@@ -113,10 +123,14 @@ def _attend_documents(
     scale: float | None,
 ) -> Tensor:
     assert context.lengths is not None
-    varlen = context.cu_seqlens is not None and query.dtype in (torch.bfloat16, torch.float16)
-    if varlen and context.bias is None and dropout == 0.0:
-        q, k, v = (_flat_documents(x, context.lengths, context.prefixes) for x in (query, key, value))
-        mixed = list(_attend_varlen(q, k, v, context, window, scale).split(context.spans))
+    flash = value.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+    varlen = flash and context.cu_seqlens is not None and context.bias is None and dropout == 0.0
+    if varlen or _on_cpu_kernel(value, context, dropout):
+        flat = (_flat_documents(x, context.lengths, context.prefixes) for x in (query, key, value))
+        together = (_attend_varlen if varlen else _attend_on_cpu)(*flat, context, window, scale)
+        if context.prefixes is None:
+            return together.view(query.shape)
+        mixed = list(together.split(context.spans))
     else:
         # One call per document costs far less than one call with a [T, T] mask, and the borders are known on the host.
         mask = _mask(context, window)
@@ -193,6 +207,16 @@ def _attend_rows(
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return mixed.transpose(1, 2)
+
+
+def _attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, window: int | None, scale: float | None
+) -> Tensor:
+    """All documents, [S, heads, width] one after the other, by the kernel of our own."""
+    assert context.cu_seqlens is not None
+    # Under autocast, rotated queries and keys may be fp32; the values tell in what to compute.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return attention(query, key, value, context.cu_seqlens, window, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _attend_varlen(

@@ -27,8 +27,8 @@ class SequenceContext:
         bias: ALiBi bias of the longest document, prefix included, [heads, queries, keys]; None without ALiBi.
         window: what a query of the longest document sees in layers with a sliding window, [queries, keys]; None when
             that is all before it.
-        cu_seqlens: borders of the documents, prefixes included, for the CUDA kernel, [documents + 1] int32; None
-            elsewhere.
+        cu_seqlens: borders of the documents, prefixes included, for kernels that take all at once, [documents + 1]:
+            int32 on CUDA, for packed documents only; int64 on a CPU, for rows of one document too; None with a cache.
         cache: keys and values of earlier tokens, or None.
         visible: which keys each query may see where rows begin with padding, [B, 1, T, keys]; None without padding.
     """
@@ -133,9 +133,11 @@ def make_context(
     elif config.positions == "alibi":
         bias = alibi_bias(config.num_heads, longest, start, dtype, device)
     window = window_mask(config.sliding_window, longest, start, device)
-    if lengths is not None and device.type == "cuda":
-        borders = torch.nn.functional.pad(torch.tensor(spans).cumsum(0), (1, 0)).int()
-        cu_seqlens = borders.to(device, non_blocking=True)
+    if lengths is not None and device.type in ("cuda", "cpu"):
+        borders = torch.nn.functional.pad(torch.tensor(spans).cumsum(0), (1, 0))
+        cu_seqlens = borders.int().to(device, non_blocking=True) if device.type == "cuda" else borders
+    elif device.type == "cpu" and cache is None:
+        cu_seqlens = torch.arange(rows + 1) * row_length
     return SequenceContext(
         positions, lengths, cos, sin, bias, window, cu_seqlens, cache, visible, window_rotary, prefixes
     )

@@ -1,0 +1,586 @@
+// Causal attention inside packed documents for x86 processors with AVX-512: flash attention (2205.14135), forward and
+// backward, in fp32 and, with AVX512-BF16, in bf16 with fp32 sums.
+//
+// Scores are held transposed, S^T [key][query]: whatever softmax does runs across the lanes of a vector, without a
+// horizontal sum, and the probabilities are in the layout that the next product wants.
+//
+// Every product is C[m][n] += sum over w of A[m][w] * B[w][n] in *words* of 32 bits: a word is one number in fp32, and
+// in bf16 two neighbours along the summed axis, which one instruction multiplies and adds. That is all that differs
+// between the two types, besides packing.
+//
+// A document's (key/value head) is one unit of work of one thread: results do not depend on the number of threads.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+using Word = int32_t;
+using Index = int64_t;
+
+constexpr int LANES = 16;   // fp32 numbers, or words, in a vector
+constexpr int BLOCK = 64;   // queries and keys of a block of scores
+constexpr int VECTORS = BLOCK / LANES;
+constexpr float UNSEEN = -1e30f;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+inline Index rounded(Index n, Index to) { return (n + to - 1) / to * to; }
+
+struct Float32 {
+    using Number = float;
+    static constexpr int PER_WORD = 1;
+    static inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+    }
+    static inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+    static inline void store(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
+};
+
+#ifdef __AVX512BF16__
+struct BFloat16 {
+    using Number = uint16_t;
+    static constexpr int PER_WORD = 2;
+    static inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    }
+    static inline __m512 load(const uint16_t* from, __mmask16 mask) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static inline void store(uint16_t* to, __mmask16 mask, __m512 x) {
+        _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+    }
+};
+#endif
+
+inline __mmask16 first(Index n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+// 2 ** x by a Taylor polynomial on [-1/2, 1/2] (relative error 1.2e-7); 0 below 2 ** -150.
+inline __m512 exp2(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 sum = _mm512_set1_ps(1.5403530393e-4f);
+    for (const float c : {1.3333558147e-3f, 9.6181291076e-3f, 5.5504108665e-2f, 2.4022650696e-1f, 6.9314718056e-1f, 1.0f})
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(sum, whole);
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+struct Operand {
+    const Word* at;
+    Index stride;  // words from row to row
+};
+
+template <class Type, int M, int N>
+inline void product_tile(Operand a, Operand b, float* c, Index c_stride, Index words, bool add) {
+    __m512 sum[M][N];
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n)
+            sum[m][n] = add ? _mm512_loadu_ps(c + m * c_stride + n * LANES) : _mm512_setzero_ps();
+    for (Index w = 0; w < words; ++w) {
+        __m512i column[N];
+        for (int n = 0; n < N; ++n) column[n] = _mm512_loadu_si512(b.at + w * b.stride + n * LANES);
+        for (int m = 0; m < M; ++m) {
+            const __m512i row = _mm512_set1_epi32(a.at[m * a.stride + w]);
+            for (int n = 0; n < N; ++n) sum[m][n] = Type::multiply_add(sum[m][n], row, column[n]);
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) _mm512_storeu_ps(c + m * c_stride + n * LANES, sum[m][n]);
+}
+
+template <class Type, int N>
+inline void product_rows(int rows, Operand a, Operand b, float* c, Index c_stride, Index words, bool add) {
+    switch (rows) {
+        case 1: return product_tile<Type, 1, N>(a, b, c, c_stride, words, add);
+        case 2: return product_tile<Type, 2, N>(a, b, c, c_stride, words, add);
+        case 3: return product_tile<Type, 3, N>(a, b, c, c_stride, words, add);
+        default: return product_tile<Type, 4, N>(a, b, c, c_stride, words, add);
+    }
+}
+
+// C [rows][columns] (+)= A [rows][words] B [words][columns]; columns in multiples of LANES.
+template <class Type>
+void product(Index rows, Index columns, Index words, Operand a, Operand b, float* c, Index c_stride, bool add) {
+    for (Index n = 0; n < columns; n += BLOCK) {
+        const Operand part{b.at + n, b.stride};
+        const Index vectors = std::min<Index>(VECTORS, (columns - n) / LANES);
+        for (Index m = 0; m < rows; m += 4) {
+            const Operand some{a.at + m * a.stride, a.stride};
+            const int count = (int)std::min<Index>(4, rows - m);
+            float* to = c + m * c_stride + n;
+            switch (vectors) {
+                case 1: product_rows<Type, 1>(count, some, part, to, c_stride, words, add); break;
+                case 2: product_rows<Type, 2>(count, some, part, to, c_stride, words, add); break;
+                case 3: product_rows<Type, 3>(count, some, part, to, c_stride, words, add); break;
+                default: product_rows<Type, 4>(count, some, part, to, c_stride, words, add); break;
+            }
+        }
+    }
+}
+
+// ---- packing --------------------------------------------------------------------------------------------------------
+
+// One head of a tensor [tokens][heads][width].
+template <class Type>
+struct Head {
+    typename Type::Number* at;
+    Index stride;  // numbers from token to token
+    typename Type::Number* row(Index token) const { return at + token * stride; }
+    Operand words(Index token) const { return {(const Word*)row(token), stride / Type::PER_WORD}; }
+};
+
+inline void transpose_16x16(__m512i (&x)[LANES]) {
+    __m512i y[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+        }
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), high = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
+        const __m512i low2 = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
+        const __m512i high2 = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
+        y[j] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        y[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        y[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        y[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+    std::copy(y, y + LANES, x);
+}
+
+// Words [columns][rows] of `rows` rows of `columns` words; rows behind the last are zeros, up to a multiple of LANES.
+inline void transpose_words(Operand from, Index rows, Index columns, Word* to, Index to_stride) {
+    for (Index r = 0; r < rows; r += LANES)
+        for (Index c = 0; c < columns; c += LANES) {
+            __m512i x[LANES];
+            const __mmask16 mask = first(columns - c);
+            for (int i = 0; i < LANES; ++i)
+                x[i] = r + i < rows ? _mm512_maskz_loadu_epi32(mask, from.at + (r + i) * from.stride + c)
+                                    : _mm512_setzero_si512();
+            transpose_16x16(x);
+            for (int i = 0; i < LANES && c + i < columns; ++i) _mm512_storeu_si512(to + (c + i) * to_stride + r, x[i]);
+        }
+}
+
+// B [tokens / PER_WORD][width] of a head: the summed axis is that of the tokens. Tokens behind the last are zeros.
+inline void pack_tokens(Head<Float32> from, Index tokens, Index width, Word* to) {
+    for (Index t = 0; t < tokens; ++t) std::memcpy(to + t * width, from.row(t), width * sizeof(Word));
+}
+
+// A [width][tokens / PER_WORD] of a head, rows of `to_stride` words.
+inline void pack_transposed(Head<Float32> from, Index tokens, Index width, Word* to, Index to_stride, Word*) {
+    transpose_words(from.words(0), tokens, width, to, to_stride);
+}
+
+// Rows [2][LANES] of fp32 as A and as B.
+inline void store_pair(float* rows, Index stride, Word* pairs, Index pair_stride, __m512 one, __m512 other) {
+    _mm512_storeu_ps(rows, one);
+    _mm512_storeu_ps(rows + stride, other);
+    if (pairs != nullptr) {
+        _mm512_storeu_ps((float*)pairs, one);
+        _mm512_storeu_ps((float*)pairs + pair_stride, other);
+    }
+}
+
+#ifdef __AVX512BF16__
+inline __m512i interleaved(__m512i halves) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, halves);
+}
+
+inline void pack_tokens(Head<BFloat16> from, Index tokens, Index width, Word* to) {
+    for (Index t = 0; t < tokens; t += 2)
+        for (Index i = 0; i < width; i += LANES) {
+            const __m256i one = _mm256_loadu_si256((const __m256i*)(from.row(t) + i));
+            const __m256i other =
+                t + 1 < tokens ? _mm256_loadu_si256((const __m256i*)(from.row(t + 1) + i)) : _mm256_setzero_si256();
+            _mm512_storeu_si512(to + t / 2 * width + i, interleaved(_mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1)));
+        }
+}
+
+// By way of pairs of tokens [tokens / 2][width] in `between`, turned.
+inline void pack_transposed(Head<BFloat16> from, Index tokens, Index width, Word* to, Index to_stride, Word* between) {
+    pack_tokens(from, tokens, width, between);
+    transpose_words({between, width}, (tokens + 1) / 2, width, to, to_stride);
+}
+
+inline void store_pair(uint16_t* rows, Index stride, Word* pairs, Index, __m512 one, __m512 other) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(other, one);
+    _mm256_storeu_si256((__m256i*)rows, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i*)(rows + stride), _mm512_extracti64x4_epi64(both, 1));
+    if (pairs != nullptr) _mm512_storeu_si512(pairs, interleaved(both));
+}
+#endif
+
+// Numbers [rows][columns] = factor * from [columns][rows]^T, rows up to `rows`.
+template <class Type>
+void store_transposed(const float* from, Index from_stride, Index rows, Index columns, const float* factor, Head<Type> to) {
+    for (Index r = 0; r < rows; r += LANES) {
+        const __m512 by = _mm512_loadu_ps(factor + r);
+        for (Index c = 0; c < columns; c += LANES) {
+            __m512i x[LANES];
+            for (int i = 0; i < LANES; ++i)
+                x[i] = _mm512_castps_si512(_mm512_mul_ps(by, _mm512_loadu_ps(from + (c + i) * from_stride + r)));
+            transpose_16x16(x);
+            for (int i = 0; i < LANES && r + i < rows; ++i)
+                Type::store(to.row(r + i) + c, 0xffff, _mm512_castsi512_ps(x[i]));
+        }
+    }
+}
+
+// ---- one head of one document ---------------------------------------------------------------------------------------
+
+struct Shape {
+    Index tokens, width, window;  // window: keys that a query sees, itself included
+    float scale;
+    Index words(int per_word) const { return width / per_word; }
+    Index padded() const { return rounded(tokens, BLOCK); }
+    // Blocks of queries that see something of the block of keys from `key` on end before this one.
+    Index last_query(Index key) const { return window >= tokens ? tokens : std::min(tokens, key + BLOCK - 1 + window); }
+    Index first_key(Index query) const { return std::max<Index>(0, query - window + 1) / BLOCK * BLOCK; }
+    bool all_seen(Index query, Index key) const {
+        return query >= key + BLOCK - 1 && query + BLOCK - 1 - key < window;
+    }
+    // Which of the queries from `query` on see `key`.
+    __mmask16 seen(Index query, Index key) const {
+        const Index behind = key - query, within = behind + window;  // lanes [behind, within)
+        return (__mmask16)(first(within) & ~first(behind));
+    }
+};
+
+// Memory of one thread, cut into aligned pieces.
+class Workspace {
+  public:
+    explicit Workspace(size_t bytes) : base_((char*)std::aligned_alloc(64, rounded((Index)bytes + 64, 64))), next_(base_) {}
+    ~Workspace() { std::free(base_); }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+    template <class Number>
+    Number* take(Index count) {
+        char* piece = next_;
+        next_ += rounded(count * (Index)sizeof(Number), 64);
+        return (Number*)piece;
+    }
+    void rewind() { next_ = base_; }
+    bool ok() const { return base_ != nullptr; }
+
+  private:
+    char *base_, *next_;
+};
+
+template <class Type>
+struct Forward {
+    using Number = typename Type::Number;
+    static constexpr int PER = Type::PER_WORD;
+
+    static size_t bytes(Index tokens, Index width) {
+        const Index padded = rounded(tokens, BLOCK);
+        return sizeof(Word) * (2 * padded * width / PER + BLOCK * width + BLOCK * width / PER + 2 * BLOCK * BLOCK +
+                               BLOCK * BLOCK + 4 * BLOCK + 1024);
+    }
+
+    Shape shape;
+    Index turned_stride;
+    Word *values_turned, *queries;   // A [width][tokens / PER]; B [width / PER][BLOCK]
+    float *scores, *sums;            // [BLOCK keys][BLOCK queries]; [width][BLOCK queries]
+    Number* rows;                    // probabilities [BLOCK][BLOCK]
+    Word* pairs;                     // the same as B [BLOCK / PER][BLOCK]
+    float *top, *total, *factor;     // of each query of the block
+
+    Forward(Workspace& space, Shape of, Head<Type> values) : shape(of) {
+        const Index padded = shape.padded();
+        turned_stride = padded / PER;
+        values_turned = space.take<Word>(turned_stride * shape.width);
+        Word* between = space.take<Word>(turned_stride * shape.width);
+        queries = space.take<Word>(BLOCK * shape.words(PER));
+        scores = space.take<float>(BLOCK * BLOCK);
+        sums = space.take<float>(BLOCK * shape.width);
+        rows = space.take<Number>(BLOCK * BLOCK);
+        pairs = space.take<Word>(BLOCK * BLOCK);
+        top = space.take<float>(BLOCK), total = space.take<float>(BLOCK), factor = space.take<float>(BLOCK);
+        pack_transposed(values, shape.tokens, shape.width, values_turned, turned_stride, between);
+    }
+
+    void run(Head<Type> query, Head<Type> key, Head<Type> out, float* logsumexp) {
+        for (Index q = 0; q < shape.tokens; q += BLOCK) block(q, query, key, out, logsumexp);
+    }
+
+    void block(Index q, Head<Type> query, Head<Type> key, Head<Type> out, float* logsumexp) {
+        const Index count = std::min<Index>(BLOCK, shape.tokens - q), columns = rounded(count, LANES);
+        transpose_words(query.words(q), count, shape.words(PER), queries, BLOCK);
+        std::fill(top, top + BLOCK, UNSEEN);
+        std::fill(total, total + BLOCK, 0.0f);
+        bool add = false;
+        for (Index k = shape.first_key(q); k < q + count; k += BLOCK, add = true) {
+            const Index keys = std::min<Index>(BLOCK, q + count - k);
+            product<Type>(keys, columns, shape.words(PER), key.words(k), {queries, BLOCK}, scores, BLOCK, false);
+            softmax(q, k, keys, columns, add);
+            product<Type>(shape.width, columns, (keys + PER - 1) / PER, {values_turned + k / PER, turned_stride},
+                          {pairs, BLOCK}, sums, BLOCK, add);
+        }
+        for (Index i = 0; i < BLOCK; ++i) {
+            factor[i] = 1.0f / total[i];
+            if (i < count) logsumexp[q + i] = (top[i] + std::log2(total[i])) * LN2;
+        }
+        const Head<Type> to{out.row(q), out.stride};
+        store_transposed<Type>(sums, BLOCK, count, shape.width, factor, to);
+    }
+
+    // Scores to probabilities below the largest score so far; sums so far are brought to the new largest.
+    void softmax(Index q, Index k, Index keys, Index columns, bool add) {
+        const bool all = shape.all_seen(q, k);
+        const __m512 scale = _mm512_set1_ps(shape.scale * LOG2E);
+        for (Index n = 0; n < columns; n += LANES) {
+            const __m512 before = _mm512_loadu_ps(top + n);
+            __m512 largest = before;
+            for (Index i = 0; i < keys; ++i) {
+                const __mmask16 seen = all ? 0xffff : shape.seen(q + n, k + i);
+                const __m512 score = _mm512_mul_ps(scale, _mm512_loadu_ps(scores + i * BLOCK + n));
+                largest = _mm512_mask_max_ps(largest, seen, largest, score);
+            }
+            const __m512 shrink = exp2(_mm512_sub_ps(before, largest));
+            __m512 sum = _mm512_mul_ps(shrink, _mm512_loadu_ps(total + n));
+            for (Index i = 0; i < keys; i += 2) {
+                __m512 p[2];
+                for (int j = 0; j < 2; ++j) {
+                    const __mmask16 seen = i + j >= keys ? 0 : all ? 0xffff : shape.seen(q + n, k + i + j);
+                    const __m512 score = _mm512_loadu_ps(scores + (i + j) * BLOCK + n);
+                    p[j] = _mm512_maskz_mov_ps(seen, exp2(_mm512_fmsub_ps(score, scale, largest)));
+                    sum = _mm512_add_ps(sum, p[j]);
+                }
+                store_pair(rows + i * BLOCK + n, BLOCK, pairs + i / PER * BLOCK + n, BLOCK, p[0], p[1]);
+            }
+            _mm512_storeu_ps(top + n, largest);
+            _mm512_storeu_ps(total + n, sum);
+            if (add)
+                for (Index d = 0; d < shape.width; ++d) {
+                    float* at = sums + d * BLOCK + n;
+                    _mm512_storeu_ps(at, _mm512_mul_ps(shrink, _mm512_loadu_ps(at)));
+                }
+        }
+    }
+};
+
+template <class Type>
+struct Backward {
+    using Number = typename Type::Number;
+    static constexpr int PER = Type::PER_WORD;
+
+    static size_t bytes(Index tokens, Index width) {
+        const Index padded = rounded(tokens, BLOCK);
+        return sizeof(Word) * (5 * padded * width / PER + 3 * padded * width + 2 * padded + 5 * BLOCK * BLOCK + 2048);
+    }
+
+    Shape shape;
+    Index padded;
+    Word* keys_turned;                      // A [width][tokens / PER]
+    Word *queries_turned, *grads_turned;    // B [width / PER][padded]
+    Word *queries, *grads;                  // B [padded / PER][width]
+    float *d_query, *d_key, *d_value;       // [blocks][width][BLOCK]; [padded][width] each
+    float *logsumexp, *delta;               // in powers of two; sum of out * its gradient; [padded]
+    float *scores, *d_scores, *factor;      // [BLOCK keys][BLOCK queries]
+    Number *p_rows, *ds_rows;               // A [BLOCK keys][BLOCK queries]
+    Word* ds_pairs;                         // B [BLOCK keys / PER][BLOCK queries]
+
+    Backward(Workspace& space, Shape of, Head<Type> key) : shape(of), padded(of.padded()) {
+        const Index words = padded * shape.width / PER, numbers = padded * shape.width;
+        keys_turned = space.take<Word>(words);
+        queries_turned = space.take<Word>(words), grads_turned = space.take<Word>(words);
+        queries = space.take<Word>(words), grads = space.take<Word>(words);
+        d_query = space.take<float>(numbers), d_key = space.take<float>(numbers), d_value = space.take<float>(numbers);
+        logsumexp = space.take<float>(padded), delta = space.take<float>(padded), factor = space.take<float>(BLOCK);
+        scores = space.take<float>(BLOCK * BLOCK), d_scores = space.take<float>(BLOCK * BLOCK);
+        p_rows = space.take<Number>(BLOCK * BLOCK), ds_rows = space.take<Number>(BLOCK * BLOCK);
+        ds_pairs = space.take<Word>(BLOCK * BLOCK);
+        pack_transposed(key, shape.tokens, shape.width, keys_turned, padded / PER, queries);
+        std::fill(d_key, d_key + 2 * numbers, 0.0f);
+        std::fill(factor, factor + BLOCK, shape.scale);
+    }
+
+    // Adds to the gradients of keys and values, and writes that of one query head.
+    void run(Head<Type> query, Head<Type> key, Head<Type> value, Head<Type> out, Head<Type> grad, const float* lse,
+             Head<Type> to) {
+        pack(query, out, grad, lse);
+        std::fill(d_query, d_query + padded * shape.width, 0.0f);
+        for (Index k = 0; k < shape.tokens; k += BLOCK)
+            for (Index q = k; q < shape.last_query(k); q += BLOCK) block(q, k, key, value);
+        for (Index q = 0; q < shape.tokens; q += BLOCK) {
+            const Head<Type> rows{to.row(q), to.stride};
+            const Index count = std::min<Index>(BLOCK, shape.tokens - q);
+            store_transposed<Type>(d_query + q * shape.width, BLOCK, count, shape.width, factor, rows);
+        }
+    }
+
+    void pack(Head<Type> query, Head<Type> out, Head<Type> grad, const float* lse) {
+        transpose_words(query.words(0), shape.tokens, shape.words(PER), queries_turned, padded);
+        transpose_words(grad.words(0), shape.tokens, shape.words(PER), grads_turned, padded);
+        const Index end = rounded(shape.tokens, LANES);  // products read up to here
+        std::fill(queries + shape.tokens / PER * shape.width, queries + end / PER * shape.width, 0);
+        std::fill(grads + shape.tokens / PER * shape.width, grads + end / PER * shape.width, 0);
+        pack_tokens(query, shape.tokens, shape.width, queries);
+        pack_tokens(grad, shape.tokens, shape.width, grads);
+        for (Index t = 0; t < padded; ++t) {
+            __m512 sum = _mm512_setzero_ps();
+            if (t < shape.tokens)
+                for (Index i = 0; i < shape.width; i += LANES)
+                    sum = _mm512_fmadd_ps(Type::load(out.row(t) + i, 0xffff), Type::load(grad.row(t) + i, 0xffff), sum);
+            delta[t] = _mm512_reduce_add_ps(sum);
+            logsumexp[t] = t < shape.tokens ? lse[t] * LOG2E : -UNSEEN;  // no query there: probabilities of 0
+        }
+    }
+
+    void block(Index q, Index k, Head<Type> key, Head<Type> value) {
+        const Index keys = std::min<Index>(BLOCK, shape.tokens - k);
+        const Index columns = std::min<Index>(BLOCK, rounded(shape.tokens - q, LANES));
+        const Index words = shape.words(PER), width = shape.width;
+        product<Type>(keys, columns, words, key.words(k), {queries_turned + q, padded}, scores, BLOCK, false);
+        product<Type>(keys, columns, words, value.words(k), {grads_turned + q, padded}, d_scores, BLOCK, false);
+        gradients(q, k, keys, columns);
+        const Operand p{(const Word*)p_rows, BLOCK / PER}, ds{(const Word*)ds_rows, BLOCK / PER};
+        product<Type>(keys, width, columns / PER, p, {grads + q / PER * width, width}, d_value + k * width, width, true);
+        product<Type>(keys, width, columns / PER, ds, {queries + q / PER * width, width}, d_key + k * width, width, true);
+        product<Type>(width, columns, (keys + PER - 1) / PER, {keys_turned + k / PER, padded / PER}, {ds_pairs, BLOCK},
+                      d_query + q * width, BLOCK, true);
+    }
+
+    // Probabilities, and the gradient of the scores but for their scale.
+    void gradients(Index q, Index k, Index keys, Index columns) {
+        const bool all = shape.all_seen(q, k);
+        const __m512 scale = _mm512_set1_ps(shape.scale * LOG2E);
+        for (Index n = 0; n < columns; n += LANES) {
+            const __m512 lse = _mm512_loadu_ps(logsumexp + q + n), mean = _mm512_loadu_ps(delta + q + n);
+            for (Index i = 0; i < keys; i += 2) {
+                __m512 p[2], ds[2];
+                for (int j = 0; j < 2; ++j) {
+                    const Index at = (i + j) * BLOCK + n;
+                    const __mmask16 seen = i + j >= keys ? 0 : all ? 0xffff : shape.seen(q + n, k + i + j);
+                    p[j] = _mm512_maskz_mov_ps(seen, exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), scale, lse)));
+                    ds[j] = _mm512_maskz_mul_ps(seen, p[j], _mm512_sub_ps(_mm512_loadu_ps(d_scores + at), mean));
+                }
+                store_pair(p_rows + i * BLOCK + n, BLOCK, nullptr, 0, p[0], p[1]);
+                store_pair(ds_rows + i * BLOCK + n, BLOCK, ds_pairs + i / PER * BLOCK + n, BLOCK, ds[0], ds[1]);
+            }
+        }
+    }
+
+    void store(Head<Type> to_key, Head<Type> to_value) const {
+        for (Index t = 0; t < shape.tokens; ++t)
+            for (Index i = 0; i < shape.width; i += LANES) {
+                const Index at = t * shape.width + i;
+                const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(shape.scale), _mm512_loadu_ps(d_key + at));
+                Type::store(to_key.row(t) + i, 0xffff, scaled);
+                Type::store(to_value.row(t) + i, 0xffff, _mm512_loadu_ps(d_value + at));
+            }
+    }
+};
+
+}  // namespace
+
+// ---- all documents --------------------------------------------------------------------------------------------------
+
+extern "C" {
+
+// A tensor [tokens][heads][width], numbers of one head side by side.
+struct Tensor {
+    void* at;
+    int64_t token_stride, head_stride;
+};
+
+struct Work {
+    const int64_t* borders;  // [documents + 1]
+    int64_t documents, tokens, heads, kv_heads, width, window;
+    float scale;
+    int threads;
+};
+}
+
+namespace {
+
+template <class Type>
+Head<Type> head_of(const Tensor& x, Index token, Index head) {
+    return {(typename Type::Number*)x.at + token * x.token_stride + head * x.head_stride, x.token_stride};
+}
+
+// Calls `run(space, shape, first token, key/value head)` for each unit of work; 1 where memory is missing.
+template <class Run>
+int for_each_unit(const Work& work, size_t (*bytes)(Index, Index), Run run) {
+    Index longest = 0;
+    for (Index d = 0; d < work.documents; ++d) longest = std::max(longest, work.borders[d + 1] - work.borders[d]);
+    int failed = 0;
+#pragma omp parallel num_threads(work.threads) reduction(| : failed)
+    {
+        Workspace space(bytes(longest, work.width));
+        if (!space.ok()) failed = 1;
+#pragma omp for schedule(dynamic, 1)
+        for (Index unit = 0; unit < work.documents * work.kv_heads; ++unit) {
+            const Index document = unit / work.kv_heads, start = work.borders[document];
+            const Shape shape{work.borders[document + 1] - start, work.width, work.window, work.scale};
+            if (!space.ok() || shape.tokens == 0) continue;
+            space.rewind();
+            run(space, shape, start, unit % work.kv_heads);
+        }
+    }
+    return failed;
+}
+
+template <class Type>
+int forward(const Work& work, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, float* lse) {
+    const Index group = work.heads / work.kv_heads;
+    return for_each_unit(work, Forward<Type>::bytes, [&](Workspace& space, Shape shape, Index start, Index kv) {
+        Forward<Type> document(space, shape, head_of<Type>(v, start, kv));
+        for (Index h = kv * group; h < (kv + 1) * group; ++h)
+            document.run(head_of<Type>(q, start, h), head_of<Type>(k, start, kv), head_of<Type>(out, start, h),
+                         lse + h * work.tokens + start);
+    });
+}
+
+template <class Type>
+int backward(const Work& work, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const float* lse,
+             const Tensor& grad, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+    const Index group = work.heads / work.kv_heads;
+    return for_each_unit(work, Backward<Type>::bytes, [&](Workspace& space, Shape shape, Index start, Index kv) {
+        const Head<Type> key = head_of<Type>(k, start, kv), value = head_of<Type>(v, start, kv);
+        Backward<Type> document(space, shape, key);
+        for (Index h = kv * group; h < (kv + 1) * group; ++h)
+            document.run(head_of<Type>(q, start, h), key, value, head_of<Type>(out, start, h),
+                         head_of<Type>(grad, start, h), lse + h * work.tokens + start, head_of<Type>(dq, start, h));
+        document.store(head_of<Type>(dk, start, kv), head_of<Type>(dv, start, kv));
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+int attention_forward_fp32(const Work* work, const Tensor* x, float* lse) {
+    return forward<Float32>(*work, x[0], x[1], x[2], x[3], lse);
+}
+
+int attention_backward_fp32(const Work* work, const Tensor* x, const float* lse) {
+    return backward<Float32>(*work, x[0], x[1], x[2], x[3], lse, x[4], x[5], x[6], x[7]);
+}
+
+#ifdef __AVX512BF16__
+int attention_forward_bf16(const Work* work, const Tensor* x, float* lse) {
+    return forward<BFloat16>(*work, x[0], x[1], x[2], x[3], lse);
+}
+
+int attention_backward_bf16(const Work* work, const Tensor* x, const float* lse) {
+    return backward<BFloat16>(*work, x[0], x[1], x[2], x[3], lse, x[4], x[5], x[6], x[7]);
+}
+#endif
+}
