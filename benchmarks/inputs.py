@@ -103,7 +103,7 @@ def write_texts(folder: Path, megabytes: float, given: Sequence[Path]) -> None:
 
     files = list(given)
     if not files:
-        demo(str(folder / "demo"), documents=max(100, int(megabytes * 1_700)), overwrite=True)
+        demo(str(folder / "demo"), documents=max(100, int(megabytes * 3_800)), overwrite=True)
         files = [folder / "demo" / f"{domain}.jsonl" for domain in DOMAINS]
     with (folder / "texts.jsonl").open("w", encoding="utf-8") as out:
         for path in files:
@@ -128,7 +128,7 @@ def make_tokenizers(folder: Path, vocab: int) -> None:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     with source.open(encoding="utf-8") as lines:
-        sample = [json.loads(line)["text"] for line in itertools.islice(lines, 0, None, 20)]
+        sample = [json.loads(line)["text"] for line in itertools.islice(lines, 0, None, 100)]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
@@ -210,7 +210,7 @@ def main() -> None:
     """Make what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("runs/bench/inputs"))
-    parser.add_argument("--megabytes", type=float, default=30.0, help="of text")
+    parser.add_argument("--megabytes", type=float, default=100.0, help="of text")
     parser.add_argument(
         "--texts", type=Path, nargs="*", default=[], help="JSONL with a field text; absent = the demo's"
     )

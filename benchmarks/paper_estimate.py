@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.table import put_between_markers
 from llmrecipes.distributed.recompute import recompute_blocks
+from llmrecipes.kernels.library import without_kernels
 from llmrecipes.models import Decoder
 from llmrecipes.plan.activations import LiveBytes, Step, mark_blocks, run_step, shortened, to_half
 from llmrecipes.plan.estimate import step_of
@@ -174,7 +175,7 @@ def micro_batch_work(config: ModelConfig, step: Step, gpu: GPU) -> dict[str, Wor
 
 
 def _work(config: ModelConfig, step: Step, gpu: GPU) -> dict[str, Work]:
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_kernels(), FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder(config).train()
         if step.gathered_half or step.precision.endswith("-true"):
             to_half(model, step)

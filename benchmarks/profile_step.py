@@ -28,7 +28,7 @@ WARMUP, PROFILED = 2, 2
 CALLERS = {
     "head and loss": ("_LinearCrossEntropy", "_LabelLogProbs"),
     "optimizer, clipping": ("Optimizer.step", "_fused_adamw", "linalg_vector_norm", "_foreach_"),
-    "attention": ("scaled_dot_product",),
+    "attention": ("scaled_dot_product", "llmrecipes::attention", "llmrecipes_attention"),
 }
 # Otherwise to the first whose list has its own name, without aten:: and a last underscore.
 NAMES = {
@@ -41,6 +41,7 @@ NAMES = {
     "norms, elementwise": {
         *("mul", "add", "sub", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sigmoid", "silu", "silu_backward"),
         *("addcmul", "sum", "mean", "amax", "softmax", "_softmax", "_softmax_backward_data", "logsumexp", "gelu"),
+        *("llmrecipes::swiglu", "llmrecipes::swiglu_backward", "llmrecipes::swiglu_again"),
         *("rms_norm", "_fused_rms_norm", "_fused_rms_norm_backward", "native_layer_norm", "gelu_backward"),
         *("special_entr", "_Rotation", "_RotationBackward", "reciprocal", "where", "square", "sign", "abs"),
         *("native_layer_norm_backward", "clamp_min", "mul_out", "masked_fill_out"),

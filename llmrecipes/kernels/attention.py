@@ -1,59 +1,22 @@
-"""Causal attention over packed documents on a CPU, as operators of torch: ``attention.cpp``."""
+"""Causal attention over packed documents on a CPU, as operators of torch: ``cpp/attention.cpp``."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmrecipes.kernels.build import load_kernels, processor_features
+from llmrecipes.kernels.library import OPERATORS, has_kernels, kernel
 
-_FP32 = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"]
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _LANES = 16  # heads are as wide as so many numbers or a multiple
 _ALL_BEFORE = 1 << 40
 
-_allowed = True
 
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    """Torch's own attention within."""
-    global _allowed
-    before, _allowed = _allowed, False
-    try:
-        yield
-    finally:
-        _allowed = before
-
-
-@torch.compiler.assume_constant_result
-def has_kernel(dtype: torch.dtype, width: int) -> bool:
+def fits_kernel(dtype: torch.dtype, width: int) -> bool:
     """Whether this machine computes attention over heads of ``width`` in ``dtype`` by ``attention`` below."""
-    return _allowed and width % _LANES == 0 and dtype in _kernels()
-
-
-@cache
-def _kernels() -> dict[torch.dtype, tuple[Any, Any]]:
-    """Forward and backward pass for each type."""
-    features = processor_features()
-    if not features.issuperset(_FP32):
-        return {}
-    halves = ["avx512bf16"] if "avx512_bf16" in features else []
-    library = load_kernels(Path(__file__).with_name("attention.cpp"), _FP32 + halves)
-    if library is None:
-        return {}
-    names = {dtype: name for dtype, name in _NAMES.items() if name == "fp32" or halves}
-    return {
-        dtype: (library[f"attention_forward_{name}"], library[f"attention_backward_{name}"])
-        for dtype, name in names.items()
-    }
+    return width % _LANES == 0 and has_kernels(dtype)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, window: int | None, scale: float) -> Tensor:
@@ -102,8 +65,8 @@ def _call(backward: bool, tensors: list[Tensor], lse: Tensor, borders: Tensor, w
         torch.get_num_threads(),
     )
     described = [_Tensor(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors]
-    kernel = _kernels()[query.dtype][backward]
-    if kernel(ctypes.byref(work), (_Tensor * len(described))(*described), ctypes.c_void_p(lse.data_ptr())):
+    run = kernel("attention_backward" if backward else "attention_forward", query.dtype)
+    if run(ctypes.byref(work), (_Tensor * len(described))(*described), ctypes.c_void_p(lse.data_ptr())):
         raise MemoryError("no memory for the working space of attention")
 
 
@@ -154,13 +117,11 @@ def _backward(
     return found[0], found[1], found[2]
 
 
-def _fake_forward(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
 
 
-def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -172,24 +133,21 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, borders, mixed, lse = ctx.saved_tensors
-    found = torch.ops.llmrecipes.attention_backward(
-        grad, query, key, value, mixed, lse, borders, ctx.window, ctx.scale
-    )
+    found = torch.ops.llmrecipes.attention_backward(grad, query, key, value, mixed, lse, borders, ctx.window, ctx.scale)
     return *found, None, None, None
 
 
 _operands = "Tensor query, Tensor key, Tensor value"
-_library = torch.library.Library("llmrecipes", "DEF")
-_library.define(f"attention({_operands}, Tensor borders, int window, float scale) -> (Tensor, Tensor)")
-_library.define(
+OPERATORS.define(f"attention({_operands}, Tensor borders, int window, float scale) -> (Tensor, Tensor)")
+OPERATORS.define(
     f"attention_backward(Tensor grad, {_operands}, Tensor mixed, Tensor lse, Tensor borders, int window, float scale)"
     " -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("attention", _forward, "CPU")
-_library.impl("attention_backward", _backward, "CPU")
-torch.library.register_fake("llmrecipes::attention", _fake_forward, lib=_library)
-torch.library.register_fake("llmrecipes::attention_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("llmrecipes::attention", _gradients, setup_context=_keep, lib=_library)
+OPERATORS.impl("attention", _forward, "CPU")
+OPERATORS.impl("attention_backward", _backward, "CPU")
+torch.library.register_fake("llmrecipes::attention", _fake_forward, lib=OPERATORS)
+torch.library.register_fake("llmrecipes::attention_backward", _fake_backward, lib=OPERATORS)
+torch.library.register_autograd("llmrecipes::attention", _gradients, setup_context=_keep, lib=OPERATORS)
 
 # What activation checkpointing knows the forward pass by.
 OPERATOR = torch.ops.llmrecipes.attention.default

@@ -1,4 +1,4 @@
-"""Compile a C++ source of this package for the processor at hand, once, and load it."""
+"""Compile the C++ sources of this package for the processor at hand, once, and load them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ _OPTIONS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 
 
 def processor_features() -> frozenset[str]:
-    """What the processor can do, in the kernel's words (``avx512f``, ...); nothing where that is not told (no Linux)."""
+    """What the processor can do, in the system's words (``avx512f``, ...); nothing where it does not say (no Linux)."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -30,8 +31,8 @@ def processor_features() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def load_kernels(source: Path, features: list[str]) -> ctypes.CDLL | None:
-    """Load ``source``, compiled for ``features`` of the processor; compile it where no earlier process of ours did.
+def load_library(folder: Path, features: list[str]) -> ctypes.CDLL | None:
+    """Load the sources of ``folder``, compiled for ``features`` of the processor; compile where nobody has before.
 
     The library stays in ``llmrecipes/kernels`` of the user's cache, under the digest of all that it was made of.
 
@@ -40,25 +41,29 @@ def load_kernels(source: Path, features: list[str]) -> ctypes.CDLL | None:
     """
     if os.environ.get(SWITCH) == "0" or sys.platform != "linux":
         return None
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        log.info("no C++ compiler (g++, or $CXX): attention on this CPU is torch's, which takes several times as long")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler[0]) is None:
+        log.info(f"no C++ compiler ({compiler[0]}): torch's own attention is used, some times slower on this CPU")
         return None
     # Named rather than "native": a home folder may be shared by machines that differ.
-    words = [*_OPTIONS, *(f"-m{name}" for name in features)]
-    made_of = [compiler.encode(), *(word.encode() for word in words), source.read_bytes()]
-    name = f"{source.stem}-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+    command = [*compiler, *_OPTIONS, *(f"-m{name}" for name in features)]
+    files = sorted(folder.iterdir())
+    digest = hashlib.sha256(b"|".join([*(word.encode() for word in command), *(file.read_bytes() for file in files)]))
+    sources = [str(file) for file in files if file.suffix == ".cpp"]
     try:
-        folder = _cache()
-        return _compiled_once([compiler, *words, str(source)], folder / name)
+        return _compiled_once([*command, *sources], _cache() / f"cpu-{digest.hexdigest()[:16]}.so")
     except (OSError, subprocess.SubprocessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        first = str(said).strip().splitlines()[:1]
+        said = str(error.stderr if isinstance(error, subprocess.CalledProcessError) else error)
         log.warning(
-            f"{source.name} could not be compiled ({' '.join(first)}): torch's attention is used, which takes several "
-            f"times as long on this CPU; {SWITCH}=0 says that this is fine"
+            f"kernels for this CPU could not be compiled or loaded ({_first_line(said)}): torch's own attention is "
+            f"used, some times slower; {SWITCH}=0 in the environment says that this is meant"
         )
         return None
+
+
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no message")
 
 
 def _cache() -> Path:
@@ -74,11 +79,9 @@ def _compiled_once(command: list[str], library: Path) -> ctypes.CDLL:
         with (library.parent / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
-                log.info(f"compiling {library.stem.partition('-')[0]} for this processor, once, some seconds")
+                log.info("compiling kernels for this CPU, once: some seconds")
                 with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                     made = Path(folder) / library.name
-                    subprocess.run(
-                        [*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300
-                    )
+                    subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
                     made.replace(library)  # at once: nobody loads half a library
     return ctypes.CDLL(str(library))

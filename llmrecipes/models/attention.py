@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrecipes.kernels.attention import attention, has_kernel
+from llmrecipes.kernels.attention import attention, fits_kernel
 from llmrecipes.models.context import SequenceContext
 from llmrecipes.models.layers import make_norm
 from llmrecipes.models.lora import Routes, apply_linear, make_linear
@@ -91,15 +91,15 @@ def attend(
     if context.lengths is not None:
         return _attend_documents(query, key, value, context, window, dropout, scale)
     if _on_cpu_kernel(value, context, dropout):
-        flat = (x.flatten(0, 1) for x in (query, key, value))
-        return _attend_on_cpu(*flat, context, window, scale).view(query.shape)
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+        return _attend_on_cpu(q, k, v, context, window, scale).view(query.shape)
     return _attend_rows(query, key, value, _mask(context, window), dropout, scale)
 
 
 def _on_cpu_kernel(value: Tensor, context: SequenceContext, dropout: float) -> bool:
     plain = context.bias is None and context.visible is None and dropout == 0.0
     on_cpu = context.cu_seqlens is not None and value.device.type == "cpu"
-    return on_cpu and plain and has_kernel(value.dtype, value.shape[-1])
+    return on_cpu and plain and fits_kernel(value.dtype, value.shape[-1])
 
 
 def _mask(context: SequenceContext, window: int | None) -> Tensor | None:
@@ -126,8 +126,8 @@ def _attend_documents(
     flash = value.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
     varlen = flash and context.cu_seqlens is not None and context.bias is None and dropout == 0.0
     if varlen or _on_cpu_kernel(value, context, dropout):
-        flat = (_flat_documents(x, context.lengths, context.prefixes) for x in (query, key, value))
-        together = (_attend_varlen if varlen else _attend_on_cpu)(*flat, context, window, scale)
+        q, k, v = (_flat_documents(x, context.lengths, context.prefixes) for x in (query, key, value))
+        together = (_attend_varlen if varlen else _attend_on_cpu)(q, k, v, context, window, scale)
         if context.prefixes is None:
             return together.view(query.shape)
         mixed = list(together.split(context.spans))

@@ -145,12 +145,14 @@ class _GroupedExperts(torch.autograd.Function):
         sorted_weights = _gather(weights.reshape(-1), plan.order, ctx.padded).clamp_min(1e-20)
         weighted = _gather_scaled(grad, plan.token, sorted_weights, ctx.padded)
         grad_hidden = F.grouped_mm(weighted, down, offs=plan.ends)
-        hidden, grad_gate_up = activate_again(grad_hidden, gate_up, ctx.kind)
+        hidden, grad_gate_up, products = activate_again(grad_hidden, gate_up, ctx.kind)
         grad_weights = grad_down = grad_x = grad_up = None
         if need_down:
             grad_down = F.grouped_mm(weighted.t(), hidden, offs=plan.ends)
         if need_weights:
-            sums = hidden.mul_(grad_hidden).sum(-1, dtype=weights.dtype) / sorted_weights.to(x.dtype)
+            if products is None:
+                products = hidden.mul_(grad_hidden).sum(-1, dtype=weights.dtype)
+            sums = products / sorted_weights.to(x.dtype)
             grad_weights = _pick(sums[:, None], plan, top_k).squeeze(-1)
         del weighted, hidden, grad_hidden
         if need_x:
@@ -189,9 +191,9 @@ def block_rows(x: Tensor) -> int:
     """Rows to which an expert's block is padded: 1, except for bf16 on a CPU.
 
     There oneDNN compiles a kernel for each new number of rows, and ragged blocks are new at every step: 6 x the time
-    of the products themselves, measured. With multiples of 64 it soon has them all.
+    of the products themselves, measured. With multiples of 32 it soon has them all.
     """
-    return 64 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
+    return 32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
 
 
 @torch.compiler.disable  # the fake kernel of grouped_mm knows bf16 only; the blocks around it still compile

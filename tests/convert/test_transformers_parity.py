@@ -108,6 +108,9 @@ def interleave_rotary(decoder):
 
 def window_one_wider(decoder):
     object.__setattr__(decoder.config, "sliding_window", decoder.config.sliding_window + 1)
+    for attention in of(decoder, Attention):
+        if attention.window is not None:
+            attention.window += 1
 
 
 def windows_everywhere(decoder):

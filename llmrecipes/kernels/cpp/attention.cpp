@@ -4,13 +4,11 @@
 // Scores are held transposed, S^T [key][query]: whatever softmax does runs across the lanes of a vector, without a
 // horizontal sum, and the probabilities are in the layout that the next product wants.
 //
-// Every product is C[m][n] += sum over w of A[m][w] * B[w][n] in *words* of 32 bits: a word is one number in fp32, and
-// in bf16 two neighbours along the summed axis, which one instruction multiplies and adds. That is all that differs
-// between the two types, besides packing.
+// Every product is C[m][n] += sum over w of A[m][w] * B[w][n] in words (vectors.h): that is all that differs between the
+// two types, besides packing.
 //
 // A document's (key/value head) is one unit of work of one thread: results do not depend on the number of threads.
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -19,58 +17,15 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "vectors.h"
+
 namespace {
 
-using Word = int32_t;
-using Index = int64_t;
-
-constexpr int LANES = 16;   // fp32 numbers, or words, in a vector
 constexpr int BLOCK = 64;   // queries and keys of a block of scores
 constexpr int VECTORS = BLOCK / LANES;
 constexpr float UNSEEN = -1e30f;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 inline Index rounded(Index n, Index to) { return (n + to - 1) / to * to; }
-
-struct Float32 {
-    using Number = float;
-    static constexpr int PER_WORD = 1;
-    static inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-        return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-    }
-    static inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-    static inline void store(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
-};
-
-#ifdef __AVX512BF16__
-struct BFloat16 {
-    using Number = uint16_t;
-    static constexpr int PER_WORD = 2;
-    static inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-    }
-    static inline __m512 load(const uint16_t* from, __mmask16 mask) {
-        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    }
-    static inline void store(uint16_t* to, __mmask16 mask, __m512 x) {
-        _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
-    }
-};
-#endif
-
-inline __mmask16 first(Index n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
-
-// 2 ** x by a Taylor polynomial on [-1/2, 1/2] (relative error 1.2e-7); 0 below 2 ** -150.
-inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 sum = _mm512_set1_ps(1.5403530393e-4f);
-    for (const float c : {1.3333558147e-3f, 9.6181291076e-3f, 5.5504108665e-2f, 2.4022650696e-1f, 6.9314718056e-1f, 1.0f})
-        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(sum, whole);
-}
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
@@ -237,7 +192,7 @@ void store_transposed(const float* from, Index from_stride, Index rows, Index co
                 x[i] = _mm512_castps_si512(_mm512_mul_ps(by, _mm512_loadu_ps(from + (c + i) * from_stride + r)));
             transpose_16x16(x);
             for (int i = 0; i < LANES && r + i < rows; ++i)
-                Type::store(to.row(r + i) + c, 0xffff, _mm512_castsi512_ps(x[i]));
+                Type::store(to.row(r + i) + c, _mm512_castsi512_ps(x[i]));
         }
     }
 }
@@ -437,7 +392,7 @@ struct Backward {
             __m512 sum = _mm512_setzero_ps();
             if (t < shape.tokens)
                 for (Index i = 0; i < shape.width; i += LANES)
-                    sum = _mm512_fmadd_ps(Type::load(out.row(t) + i, 0xffff), Type::load(grad.row(t) + i, 0xffff), sum);
+                    sum = _mm512_fmadd_ps(Type::load(out.row(t) + i), Type::load(grad.row(t) + i), sum);
             delta[t] = _mm512_reduce_add_ps(sum);
             logsumexp[t] = t < shape.tokens ? lse[t] * LOG2E : -UNSEEN;  // no query there: probabilities of 0
         }
@@ -482,8 +437,8 @@ struct Backward {
             for (Index i = 0; i < shape.width; i += LANES) {
                 const Index at = t * shape.width + i;
                 const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(shape.scale), _mm512_loadu_ps(d_key + at));
-                Type::store(to_key.row(t) + i, 0xffff, scaled);
-                Type::store(to_value.row(t) + i, 0xffff, _mm512_loadu_ps(d_value + at));
+                Type::store(to_key.row(t) + i, scaled);
+                Type::store(to_value.row(t) + i, _mm512_loadu_ps(d_value + at));
             }
     }
 };
