@@ -21,14 +21,23 @@ SWITCH = "LLMRECIPES_CPU_KERNELS"
 _OPTIONS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 
 
+def processor_vendor() -> str:
+    """``AuthenticAMD``, ``GenuineIntel``, ...; nothing where the system does not say (no Linux)."""
+    return _told("vendor_id")
+
+
 def processor_features() -> frozenset[str]:
-    """What the processor can do, in the system's words (``avx512f``, ...); nothing where it does not say (no Linux)."""
+    """What the processor can do, in the system's words (``avx512f``, ...); nothing where it does not say."""
+    return frozenset(_told("flags").split())
+
+
+def _told(name: str) -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return frozenset()
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return frozenset(flags.partition(":")[2].split())
+        return ""
+    line = next((line for line in text.splitlines() if line.startswith(name)), "")
+    return line.partition(":")[2].strip()
 
 
 def load_library(folder: Path, features: list[str]) -> ctypes.CDLL | None:

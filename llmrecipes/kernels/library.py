@@ -33,10 +33,20 @@ def without_kernels() -> Iterator[None]:
         _allowed = before
 
 
+def are_allowed() -> bool:
+    """Whether this is not within `without_kernels`."""
+    return _allowed
+
+
 @torch.compiler.assume_constant_result
 def has_kernels(dtype: torch.dtype) -> bool:
     """Whether this machine has the kernels of this package for numbers of ``dtype`` on the CPU."""
     return _allowed and dtype in _types()
+
+
+def kernel_types() -> list[str]:
+    """The types for which this machine has kernels; compiles them where nobody has before."""
+    return [name for dtype, name in _NAMES.items() if dtype in _types()]
 
 
 def kernel(name: str, dtype: torch.dtype) -> Any:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmrecipes.kernels.products import multiplies_faster, multiply
+
 IGNORE = -100
 BLOCK_ELEMENTS = 2**19  # softmax runs over blocks of rows small enough to stay in the CPU's cache
 COLUMNS = 8192  # ids whose gradient is added up at a time: a product of all would be half as large as the gradient
@@ -56,7 +58,8 @@ def _forward(
     if block_rows is None:
         block_rows = BLOCK_ELEMENTS // vocab if for_cpu else chunk_size
     block = max(1, min(chunk_size, block_rows))
-    buffer = hidden.new_empty(chunk_size, vocab)
+    own = for_cpu and multiplies_faster(hidden)  # which gives its own memory
+    buffer = hidden.new_empty(0 if own else chunk_size, vocab)
     scratch = hidden.new_empty(block, vocab_size, dtype=wide)
     grads = None
     # A CPU multiplies bf16 by a transposed operand at half its rate: better to copy the small one, and keep the sum's
@@ -69,14 +72,20 @@ def _forward(
         grads = _Grads(torch.empty_like(hidden), of_weight)
     for start in range(0, rows, chunk_size):
         part = hidden[start : start + chunk_size]
-        logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+        logits = multiply(part, weight.t()) if own else torch.mm(part, weight.t(), out=buffer[: len(part)])
         for piece, targets in zip(logits.split(block), labels[start : start + chunk_size].split(block), strict=True):
             loss += _block_loss(piece, targets, scratch, want_grad)
         if grads is not None:
-            torch.mm(logits, weight, out=grads.hidden[start : start + chunk_size])
+            if own:
+                grads.hidden[start : start + chunk_size] = multiply(logits, weight)
+            else:
+                torch.mm(logits, weight, out=grads.hidden[start : start + chunk_size])
             if grads.weight is None:
                 continue
-            if wide == hidden.dtype:
+            if own:
+                for ids, piece in zip(grads.weight.split(COLUMNS), logits.split(COLUMNS, 1), strict=True):
+                    ids.add_(multiply(piece.t(), part))
+            elif wide == hidden.dtype:
                 grads.weight.addmm_(logits.t(), part)
             elif flipped:
                 few = part.t().contiguous()

@@ -20,6 +20,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     from llmrecipes import __version__
+    from llmrecipes.kernels.library import kernel_types
 
     versions = {name: _version(name) for name in PACKAGES}
     return {
@@ -31,6 +32,8 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        # Of two machines that differ in it, runs differ in the last digits.
+        "cpu_kernels": [] if torch.cuda.is_available() else kernel_types(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git": git_state(),
     }
