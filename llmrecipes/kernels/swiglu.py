@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -43,8 +44,7 @@ class _SwiGLU(ctypes.Structure):
 
 
 def _call(name: str, gate_up: Tensor, *others: Tensor | None) -> None:
-    width = gate_up.shape[-1] // 2
-    rows = gate_up.numel() // (2 * width) if width else 0
+    rows, width = math.prod(gate_up.shape[:-1]), gate_up.shape[-1] // 2
     at = [None if x is None else x.data_ptr() for x in (gate_up, *others)]
     kernel(name, gate_up.dtype)(ctypes.byref(_SwiGLU(*at, rows, width, torch.get_num_threads())))
 

@@ -15,8 +15,31 @@ COLUMNS = 8192  # ids whose gradient is added up at a time: a product of all wou
 
 
 class _Grads(NamedTuple):
+    """Of ``hidden`` [N, D], and of ``weight`` [V, D] ([D, V] where ``flipped``); None where it is not wanted."""
+
     hidden: Tensor
     weight: Tensor | None
+    flipped: bool
+
+    def add(self, rows: slice, logits: Tensor, weight: Tensor, part: Tensor, own: bool) -> None:
+        """What follows from the gradient of a chunk's ``logits``; ``own``: products by `multiply`."""
+        if own:
+            self.hidden[rows] = multiply(logits, weight)
+        else:
+            torch.mm(logits, weight, out=self.hidden[rows])
+        if self.weight is None:
+            return
+        if own:
+            for ids, piece in zip(self.weight.split(COLUMNS), logits.split(COLUMNS, 1), strict=True):
+                ids.add_(multiply(piece.t(), part))
+        elif self.flipped:
+            few = part.t().contiguous()
+            for columns, piece in zip(self.weight.split(COLUMNS, 1), logits.split(COLUMNS, 1), strict=True):
+                columns.add_(few @ piece)
+        elif self.weight.dtype == part.dtype:
+            self.weight.addmm_(logits.t(), part)
+        else:
+            self.weight.add_(logits.t() @ part)
 
 
 def _block_loss(logits: Tensor, labels: Tensor, scratch: Tensor, want_grad: bool) -> Tensor:
@@ -58,43 +81,26 @@ def _forward(
     if block_rows is None:
         block_rows = BLOCK_ELEMENTS // vocab if for_cpu else chunk_size
     block = max(1, min(chunk_size, block_rows))
-    own = for_cpu and multiplies_faster(hidden)  # which gives its own memory
+    own = for_cpu and multiplies_faster(hidden)  # which gives memory of its own
     buffer = hidden.new_empty(0 if own else chunk_size, vocab)
     scratch = hidden.new_empty(block, vocab_size, dtype=wide)
     grads = None
-    # A CPU multiplies bf16 by a transposed operand at half its rate: better to copy the small one, and keep the sum's
-    # transpose.
-    flipped = for_cpu and wide != hidden.dtype
     if want_grad:
-        # A frozen head needs none: it would be as large as the head, in fp32.
+        # A CPU multiplies bf16 by a transposed operand at half its rate: better to copy the small one, and keep the
+        # sum's transpose. A frozen head needs no gradient: it would be as large as the head, in fp32.
+        flipped = for_cpu and wide != hidden.dtype
         shape = (weight.shape[1], vocab) if flipped else weight.shape
         of_weight = torch.zeros(shape, dtype=wide, device=weight.device) if want_weight else None
-        grads = _Grads(torch.empty_like(hidden), of_weight)
+        grads = _Grads(torch.empty_like(hidden), of_weight, flipped)
     for start in range(0, rows, chunk_size):
-        part = hidden[start : start + chunk_size]
+        part, logits, piece = hidden[start : start + chunk_size], None, None  # the last chunk's go first
         logits = multiply(part, weight.t()) if own else torch.mm(part, weight.t(), out=buffer[: len(part)])
         for piece, targets in zip(logits.split(block), labels[start : start + chunk_size].split(block), strict=True):
             loss += _block_loss(piece, targets, scratch, want_grad)
         if grads is not None:
-            if own:
-                grads.hidden[start : start + chunk_size] = multiply(logits, weight)
-            else:
-                torch.mm(logits, weight, out=grads.hidden[start : start + chunk_size])
-            if grads.weight is None:
-                continue
-            if own:
-                for ids, piece in zip(grads.weight.split(COLUMNS), logits.split(COLUMNS, 1), strict=True):
-                    ids.add_(multiply(piece.t(), part))
-            elif wide == hidden.dtype:
-                grads.weight.addmm_(logits.t(), part)
-            elif flipped:
-                few = part.t().contiguous()
-                for columns, piece in zip(grads.weight.split(COLUMNS, 1), logits.split(COLUMNS, 1), strict=True):
-                    columns.add_(few @ piece)
-            else:
-                grads.weight.add_(logits.t() @ part)
-    if flipped and grads is not None and grads.weight is not None:
-        del buffer, logits  # before the second copy of the gradient
+            grads.add(slice(start, start + chunk_size), logits, weight, part, own)
+    if grads is not None and grads.weight is not None and grads.flipped:
+        del buffer, logits, piece  # before the second copy of the gradient
         grads = grads._replace(weight=grads.weight.t().contiguous())
     return loss, grads
 
