@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,25 @@ class Routing(NamedTuple):
     entropy_sum: Tensor
     num_tokens: Tensor
     dropped: Tensor
+
+
+class _WideLinear(torch.autograd.Function):
+    """``x`` times the router's weight in a wider type, of which only ``x`` as it came is kept for the backward pass.
+
+    The copy in fp32 would be twice as large as all else that a router keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = (grad.t() @ x.to(grad.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, None
 
 
 class Router(nn.Module):
@@ -84,7 +103,7 @@ class Router(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            logits = _WideLinear.apply(x, self.weight, dtype)
             if self.score == "softmax":
                 scores = probs = logits.softmax(-1)
             else:

@@ -260,3 +260,26 @@ def test_meta_router_becomes_real():
         router = Router(D, MoEConfig(num_experts=E, ffn_dim=4)).bfloat16()
     router.to_empty(device="cpu")
     assert router.bias.dtype == torch.float32 and router.bias.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_router_keeps_its_input_as_it_came(dtype):
+    """Its product is in fp32 at least, and no copy of the input in fp32 is kept for the backward pass."""
+    torch.manual_seed(0)
+    moe = MoEConfig(num_experts=4, top_k=2, ffn_dim=8)
+    router = MoE(ModelConfig(vocab_size=8, dim=64, num_layers=1, num_heads=2, moe=moe)).gate
+    router = router.double() if dtype == torch.float64 else router
+    x = torch.randn(100, 64).to(dtype).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        weights, _, routing = router(x)
+    assert not [t for t in kept if t.numel() == x.numel() and t.data_ptr() != x.data_ptr()]
+    (weights[:, 0].sum() + routing.z_sum).backward()
+    wide = x.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    matrix = router.weight.detach().clone().to(wide.dtype).requires_grad_()
+    logits = wide @ matrix.t()
+    scores = logits.softmax(-1).topk(2, dim=-1).values
+    top = scores[:, 0] / scores.sum(-1) if router.renormalize else scores[:, 0]
+    (top.sum() + logits.logsumexp(-1).square().sum()).backward()
+    torch.testing.assert_close(x.grad, wide.grad.to(dtype))
+    torch.testing.assert_close(router.weight.grad, matrix.grad.to(router.weight.dtype))
