@@ -56,12 +56,12 @@ def load_library(folder: Path, features: list[str]) -> ctypes.CDLL | None:
         return None
     # Named rather than "native": a home folder may be shared by machines that differ.
     command = [*compiler, *_OPTIONS, *(f"-m{name}" for name in features)]
-    files = sorted(folder.iterdir())
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".cpp", ".h"))
     digest = hashlib.sha256(b"|".join([*(word.encode() for word in command), *(file.read_bytes() for file in files)]))
     sources = [str(file) for file in files if file.suffix == ".cpp"]
     try:
         return _compiled_once([*command, *sources], _cache() / f"cpu-{digest.hexdigest()[:16]}.so")
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         said = str(error.stderr if isinstance(error, subprocess.CalledProcessError) else error)
         log.warning(
             f"kernels for this CPU could not be compiled or loaded ({_first_line(said)}): torch's own attention is "

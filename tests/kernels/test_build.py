@@ -114,6 +114,16 @@ def test_a_cache_that_cannot_be_written(sources, tmp_path, monkeypatch, said):
     assert "Not a directory" in said.text
 
 
+def test_a_user_without_a_home(sources, monkeypatch, said):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("llmrecipes.kernels.build.Path.home", nowhere)
+    assert load_library(sources, []) is None
+    assert "home directory" in said.text
+
+
 def test_switched_off(sources, monkeypatch, said):
     monkeypatch.setenv(SWITCH, "0")
     assert load_library(sources, []) is None
