@@ -32,7 +32,16 @@ CALLERS = {
 }
 # Otherwise to the first whose list has its own name, without aten:: and a last underscore.
 NAMES = {
-    "matrix products": {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "matmul", "linear"},
+    "matrix products": {
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "_grouped_mm",
+        "matmul",
+        "linear",
+        "mkldnn::_linear_pointwise",
+    },
     "casts, copies, gathers": {
         *("copy", "_to_copy", "clone", "fill", "zero", "cat", "index_select", "_embedding_bag_forward_only", "index"),
         *("constant_pad_nd", "gather", "scatter_add", "index_put", "_index_put_impl", "embedding_dense_backward"),

@@ -36,7 +36,8 @@ def test_all_time_of_a_real_profile_is_in_some_kind():
     found = grouped(profile.events())
     total = sum(event.self_cpu_time_total for event in profile.events()) / 1000 / PROFILED
     assert sum(sum(operators.values()) for operators in found.values()) == pytest.approx(total)
-    assert "mm" in found["head and loss"] and "mm" in found["matrix products"]
+    # fp32 products of the head are oneDNN's on some processors
+    assert found["head and loss"].keys() & {"mm", "mkldnn::_linear_pointwise"} and "mm" in found["matrix products"]
     text = table(found)
     assert text.count("\n") == 1 + len(found)
     assert sum(float(row.split("|")[3].rstrip("% ")) for row in text.splitlines()[2:]) == pytest.approx(100, abs=0.5)
