@@ -4,10 +4,10 @@
 // Scores are held transposed, S^T [key][query]: whatever softmax does runs across the lanes of a vector, without a
 // horizontal sum, and the probabilities are in the layout that the next product wants.
 //
-// Every product is C[m][n] += sum over w of A[m][w] * B[w][n] in words (vectors.h): that is all that differs between the
+// Every product is C[m][n] += sum over w of A[m][w] * B[w][n] in words (products.h): that is all that differs between the
 // two types, besides packing.
 //
-// A document's (key/value head) is one unit of work of one thread: results do not depend on the number of threads.
+// A key/value head of a document is a unit of work, of one thread: results do not depend on the number of threads.
 
 #include <omp.h>
 
@@ -15,189 +15,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
-#include "vectors.h"
+#include "packing.h"
 
 namespace {
 
-constexpr int BLOCK = 64;   // queries and keys of a block of scores
-constexpr int VECTORS = BLOCK / LANES;
+constexpr int BLOCK = 64;  // queries and keys of a block of scores
 constexpr float UNSEEN = -1e30f;
 
 inline Index rounded(Index n, Index to) { return (n + to - 1) / to * to; }
-
-// ---- products -------------------------------------------------------------------------------------------------------
-
-struct Operand {
-    const Word* at;
-    Index stride;  // words from row to row
-};
-
-template <class Type, int M, int N>
-inline void product_tile(Operand a, Operand b, float* c, Index c_stride, Index words, bool add) {
-    __m512 sum[M][N];
-    for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n)
-            sum[m][n] = add ? _mm512_loadu_ps(c + m * c_stride + n * LANES) : _mm512_setzero_ps();
-    for (Index w = 0; w < words; ++w) {
-        __m512i column[N];
-        for (int n = 0; n < N; ++n) column[n] = _mm512_loadu_si512(b.at + w * b.stride + n * LANES);
-        for (int m = 0; m < M; ++m) {
-            const __m512i row = _mm512_set1_epi32(a.at[m * a.stride + w]);
-            for (int n = 0; n < N; ++n) sum[m][n] = Type::multiply_add(sum[m][n], row, column[n]);
-        }
-    }
-    for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) _mm512_storeu_ps(c + m * c_stride + n * LANES, sum[m][n]);
-}
-
-template <class Type, int N>
-inline void product_rows(int rows, Operand a, Operand b, float* c, Index c_stride, Index words, bool add) {
-    switch (rows) {
-        case 1: return product_tile<Type, 1, N>(a, b, c, c_stride, words, add);
-        case 2: return product_tile<Type, 2, N>(a, b, c, c_stride, words, add);
-        case 3: return product_tile<Type, 3, N>(a, b, c, c_stride, words, add);
-        default: return product_tile<Type, 4, N>(a, b, c, c_stride, words, add);
-    }
-}
-
-// C [rows][columns] (+)= A [rows][words] B [words][columns]; columns in multiples of LANES.
-template <class Type>
-void product(Index rows, Index columns, Index words, Operand a, Operand b, float* c, Index c_stride, bool add) {
-    for (Index n = 0; n < columns; n += BLOCK) {
-        const Operand part{b.at + n, b.stride};
-        const Index vectors = std::min<Index>(VECTORS, (columns - n) / LANES);
-        for (Index m = 0; m < rows; m += 4) {
-            const Operand some{a.at + m * a.stride, a.stride};
-            const int count = (int)std::min<Index>(4, rows - m);
-            float* to = c + m * c_stride + n;
-            switch (vectors) {
-                case 1: product_rows<Type, 1>(count, some, part, to, c_stride, words, add); break;
-                case 2: product_rows<Type, 2>(count, some, part, to, c_stride, words, add); break;
-                case 3: product_rows<Type, 3>(count, some, part, to, c_stride, words, add); break;
-                default: product_rows<Type, 4>(count, some, part, to, c_stride, words, add); break;
-            }
-        }
-    }
-}
-
-// ---- packing --------------------------------------------------------------------------------------------------------
-
-// One head of a tensor [tokens][heads][width].
-template <class Type>
-struct Head {
-    typename Type::Number* at;
-    Index stride;  // numbers from token to token
-    typename Type::Number* row(Index token) const { return at + token * stride; }
-    Operand words(Index token) const { return {(const Word*)row(token), stride / Type::PER_WORD}; }
-};
-
-inline void transpose_16x16(__m512i (&x)[LANES]) {
-    __m512i y[LANES];
-    for (int i = 0; i < LANES; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
-        }
-    for (int j = 0; j < 4; ++j) {
-        const __m512i low = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), high = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
-        const __m512i low2 = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
-        const __m512i high2 = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
-        y[j] = _mm512_shuffle_i32x4(low, low2, 0x88);
-        y[8 + j] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-        y[4 + j] = _mm512_shuffle_i32x4(high, high2, 0x88);
-        y[12 + j] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-    }
-    std::copy(y, y + LANES, x);
-}
-
-// Words [columns][rows] of `rows` rows of `columns` words; rows behind the last are zeros, up to a multiple of LANES.
-inline void transpose_words(Operand from, Index rows, Index columns, Word* to, Index to_stride) {
-    for (Index r = 0; r < rows; r += LANES)
-        for (Index c = 0; c < columns; c += LANES) {
-            __m512i x[LANES];
-            const __mmask16 mask = first(columns - c);
-            for (int i = 0; i < LANES; ++i)
-                x[i] = r + i < rows ? _mm512_maskz_loadu_epi32(mask, from.at + (r + i) * from.stride + c)
-                                    : _mm512_setzero_si512();
-            transpose_16x16(x);
-            for (int i = 0; i < LANES && c + i < columns; ++i) _mm512_storeu_si512(to + (c + i) * to_stride + r, x[i]);
-        }
-}
-
-// B [tokens / PER_WORD][width] of a head: the summed axis is that of the tokens. Tokens behind the last are zeros.
-inline void pack_tokens(Head<Float32> from, Index tokens, Index width, Word* to) {
-    for (Index t = 0; t < tokens; ++t) std::memcpy(to + t * width, from.row(t), width * sizeof(Word));
-}
-
-// A [width][tokens / PER_WORD] of a head, rows of `to_stride` words.
-inline void pack_transposed(Head<Float32> from, Index tokens, Index width, Word* to, Index to_stride, Word*) {
-    transpose_words(from.words(0), tokens, width, to, to_stride);
-}
-
-// Rows [2][LANES] of fp32 as A and as B.
-inline void store_pair(float* rows, Index stride, Word* pairs, Index pair_stride, __m512 one, __m512 other) {
-    _mm512_storeu_ps(rows, one);
-    _mm512_storeu_ps(rows + stride, other);
-    if (pairs != nullptr) {
-        _mm512_storeu_ps((float*)pairs, one);
-        _mm512_storeu_ps((float*)pairs + pair_stride, other);
-    }
-}
-
-#ifdef __AVX512BF16__
-inline __m512i interleaved(__m512i halves) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, halves);
-}
-
-inline void pack_tokens(Head<BFloat16> from, Index tokens, Index width, Word* to) {
-    for (Index t = 0; t < tokens; t += 2)
-        for (Index i = 0; i < width; i += LANES) {
-            const __m256i one = _mm256_loadu_si256((const __m256i*)(from.row(t) + i));
-            const __m256i other =
-                t + 1 < tokens ? _mm256_loadu_si256((const __m256i*)(from.row(t + 1) + i)) : _mm256_setzero_si256();
-            _mm512_storeu_si512(to + t / 2 * width + i, interleaved(_mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1)));
-        }
-}
-
-// By way of pairs of tokens [tokens / 2][width] in `between`, turned.
-inline void pack_transposed(Head<BFloat16> from, Index tokens, Index width, Word* to, Index to_stride, Word* between) {
-    pack_tokens(from, tokens, width, between);
-    transpose_words({between, width}, (tokens + 1) / 2, width, to, to_stride);
-}
-
-inline void store_pair(uint16_t* rows, Index stride, Word* pairs, Index, __m512 one, __m512 other) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(other, one);
-    _mm256_storeu_si256((__m256i*)rows, _mm512_castsi512_si256(both));
-    _mm256_storeu_si256((__m256i*)(rows + stride), _mm512_extracti64x4_epi64(both, 1));
-    if (pairs != nullptr) _mm512_storeu_si512(pairs, interleaved(both));
-}
-#endif
-
-// Numbers [rows][columns] = factor * from [columns][rows]^T, rows up to `rows`.
-template <class Type>
-void store_transposed(const float* from, Index from_stride, Index rows, Index columns, const float* factor, Head<Type> to) {
-    for (Index r = 0; r < rows; r += LANES) {
-        const __m512 by = _mm512_loadu_ps(factor + r);
-        for (Index c = 0; c < columns; c += LANES) {
-            __m512i x[LANES];
-            for (int i = 0; i < LANES; ++i)
-                x[i] = _mm512_castps_si512(_mm512_mul_ps(by, _mm512_loadu_ps(from + (c + i) * from_stride + r)));
-            transpose_16x16(x);
-            for (int i = 0; i < LANES && r + i < rows; ++i)
-                Type::store(to.row(r + i) + c, _mm512_castsi512_ps(x[i]));
-        }
-    }
-}
-
-// ---- one head of one document ---------------------------------------------------------------------------------------
 
 struct Shape {
     Index tokens, width, window;  // window: keys that a query sees, itself included
