@@ -86,6 +86,9 @@ def dense() -> list[Group]:
     def titan(dtype: str) -> Program:
         return peer("torchtitan, bare loop, SDPA", "torchtitan_bare", "dense", dtype)
 
+    def without_kernels(dtype: str) -> Program:
+        return replace(ours("dense", dtype, LLMRECIPES_CPU_KERNELS="0"), name="llmrecipes fit, torch's operators")
+
     plain, fast = ours("dense", "bf16"), ours("dense", "bf16", *COMPILED)
     compiled = [Peer(litgpt("bf16", "--compile"), speed=1.15)]
     fp32 = [Peer(program, speed=1.15) for program in (trainer("fp32"), litgpt("fp32"), titan("fp32"))]
@@ -101,6 +104,10 @@ def dense() -> list[Group]:
         step_group("A", "bf16, compile", fast, compiled, warmup=3),
         step_group("A", "bf16, compile, malloc", fast, compiled, environment=MALLOC, warmup=3),
         step_group("A", "fp32", ours("dense", "fp32"), fp32),
+        *(
+            step_group("A", f"{dtype}, kernels", ours("dense", dtype), [Peer(without_kernels(dtype))])
+            for dtype in ("bf16", "fp32")
+        ),
     ]  # fmt: skip
 
 

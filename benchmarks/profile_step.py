@@ -33,14 +33,7 @@ CALLERS = {
 # Otherwise to the first whose list has its own name, without aten:: and a last underscore.
 NAMES = {
     "matrix products": {
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "_grouped_mm",
-        "matmul",
-        "linear",
-        "mkldnn::_linear_pointwise",
+        *("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "matmul", "linear", "mkldnn::_linear_pointwise"),
     },
     "casts, copies, gathers": {
         *("copy", "_to_copy", "clone", "fill", "zero", "cat", "index_select", "_embedding_bag_forward_only", "index"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmrecipes.kernels.build import load_library, processor_features
+from llmrecipes.kernels.build import SWITCH, load_library, processor_features
 
 OPERATORS = torch.library.Library("llmrecipes", "DEF")
 
@@ -19,7 +20,7 @@ OPERATORS = torch.library.Library("llmrecipes", "DEF")
 _FP32 = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"]
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
-_allowed = True
+_allowed = os.environ.get(SWITCH) != "0"
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def without_kernels() -> Iterator[None]:
 
 
 def are_allowed() -> bool:
-    """Whether this is not within `without_kernels`."""
+    """Whether nobody has switched them off: the environment, or `without_kernels`."""
     return _allowed
 
 
@@ -46,7 +47,7 @@ def has_kernels(dtype: torch.dtype) -> bool:
 
 def kernel_types() -> list[str]:
     """The types for which this machine has kernels; compiles them where nobody has before."""
-    return [name for dtype, name in _NAMES.items() if dtype in _types()]
+    return [name for dtype, name in _NAMES.items() if has_kernels(dtype)]
 
 
 def kernel(name: str, dtype: torch.dtype) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from llmrecipes.kernels.build import SWITCH, processor_features, processor_vendor
+from llmrecipes.kernels.build import processor_features, processor_vendor
 from llmrecipes.kernels.library import are_allowed
 
 
@@ -22,9 +21,7 @@ def multiplies_faster(x: Tensor) -> bool:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """``a`` [M, K] times ``b`` [K, N], by oneDNN where that is faster. No gradient."""
-    if not multiplies_faster(a):
-        return a @ b
+    """``a`` [M, K] times ``b`` [K, N] in fp32, by oneDNN. No gradient."""
     product = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     assert isinstance(product, Tensor)
     return product
@@ -33,7 +30,5 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 @cache
 def _is_amd_with_avx512() -> bool:
     # The operator is torch's own, which its compiler uses; it has no public name.
-    if os.environ.get(SWITCH) == "0":
-        return False
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return known and processor_vendor() == "AuthenticAMD" and "avx512f" in processor_features()

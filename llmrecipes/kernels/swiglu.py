@@ -49,9 +49,13 @@ def _call(name: str, gate_up: Tensor, *others: Tensor | None) -> None:
     kernel(name, gate_up.dtype)(ctypes.byref(_SwiGLU(*at, rows, width, torch.get_num_threads())))
 
 
-def _hidden_like(gate_up: Tensor) -> Tensor:
+def _hidden_shape(gate_up: Tensor) -> tuple[int, ...]:
     assert gate_up.shape[-1] % 2 == 0, f"{gate_up.shape[-1]} columns are not a gate and an equal number for up"
-    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    return (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def _hidden_like(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(_hidden_shape(gate_up))
 
 
 def _forward(gate_up: Tensor) -> Tensor:
@@ -61,7 +65,7 @@ def _forward(gate_up: Tensor) -> Tensor:
 
 
 def _fitting(grad: Tensor, gate_up: Tensor) -> Tensor:
-    assert grad.shape == _hidden_like(gate_up).shape, f"gradient {tuple(grad.shape)} of {tuple(gate_up.shape)}"
+    assert grad.shape == _hidden_shape(gate_up), f"gradient {tuple(grad.shape)} of {tuple(gate_up.shape)}"
     return grad.to(gate_up.dtype).contiguous()
 
 

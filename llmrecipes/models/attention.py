@@ -96,10 +96,16 @@ def attend(
     return _attend_rows(query, key, value, _mask(context, window), dropout, scale)
 
 
+def _takes_all_at_once(x: Tensor, context: SequenceContext, dropout: float, device: str) -> bool:
+    return x.device.type == device and context.cu_seqlens is not None and context.bias is None and dropout == 0.0
+
+
+def _on_cuda_kernel(query: Tensor, context: SequenceContext, dropout: float) -> bool:
+    return _takes_all_at_once(query, context, dropout, "cuda") and query.dtype in (torch.bfloat16, torch.float16)
+
+
 def _on_cpu_kernel(value: Tensor, context: SequenceContext, dropout: float) -> bool:
-    plain = context.bias is None and context.visible is None and dropout == 0.0
-    on_cpu = context.cu_seqlens is not None and value.device.type == "cpu"
-    return on_cpu and plain and fits_kernel(value.dtype, value.shape[-1])
+    return _takes_all_at_once(value, context, dropout, "cpu") and fits_kernel(value.dtype, value.shape[-1])
 
 
 def _mask(context: SequenceContext, window: int | None) -> Tensor | None:
@@ -123,8 +129,7 @@ def _attend_documents(
     scale: float | None,
 ) -> Tensor:
     assert context.lengths is not None
-    flash = value.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
-    varlen = flash and context.cu_seqlens is not None and context.bias is None and dropout == 0.0
+    varlen = _on_cuda_kernel(query, context, dropout)
     if varlen or _on_cpu_kernel(value, context, dropout):
         q, k, v = (_flat_documents(x, context.lengths, context.prefixes) for x in (query, key, value))
         together = (_attend_varlen if varlen else _attend_on_cpu)(q, k, v, context, window, scale)

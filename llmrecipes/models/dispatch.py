@@ -187,13 +187,16 @@ def can_group(x: Tensor, up: Tensor, down: Tensor) -> bool:
     return x.dtype in allowed and all(size % multiple == 0 for size in (*up.shape[1:], *down.shape[1:]))
 
 
+ROWS_ON_CPU = 32
+
+
 def block_rows(x: Tensor) -> int:
     """Rows to which an expert's block is padded: 1, except for bf16 on a CPU.
 
     There oneDNN compiles a kernel for each new number of rows, and ragged blocks are new at every step: 6 x the time
-    of the products themselves, measured. With multiples of 32 it soon has them all.
+    of the products themselves, measured. With multiples of a few dozen it soon has them all.
     """
-    return 32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
+    return ROWS_ON_CPU if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
 
 
 @torch.compiler.disable  # the fake kernel of grouped_mm knows bf16 only; the blocks around it still compile

@@ -38,7 +38,7 @@ class Routing(NamedTuple):
 class _WideLinear(torch.autograd.Function):
     """``x`` times the router's weight in a wider type, of which only ``x`` as it came is kept for the backward pass.
 
-    The copy in fp32 would be twice as large as all else that a router keeps.
+    A copy in fp32 would be twice as large as ``x`` in bf16, which the layer keeps anyway.
     """
 
     @staticmethod

@@ -23,6 +23,7 @@ from llmrecipes.distributed.recompute import Recompute, recompute_blocks
 from llmrecipes.kernels.library import without_kernels
 from llmrecipes.losses import label_log_probs, linear_cross_entropy
 from llmrecipes.models import Decoder
+from llmrecipes.models.dispatch import ROWS_ON_CPU
 from llmrecipes.models.moe import Router
 from llmrecipes.plan.layout import Layout, assumed_layout
 from llmrecipes.plan.memory import Moments
@@ -235,7 +236,7 @@ class LiveBytes(TorchDispatchMode):
         return None
 
     def _padded_pairs(self) -> int:
-        """Rows of the sorted token-expert pairs, each expert's block padded to 32: half a block on average."""
+        """Rows of the sorted token-expert pairs, each expert's block padded: half a block on average."""
         config, lora = self._config, self._config.lora
         if config.moe is not None:
             experts, top_k = max(config.layer_experts), config.moe.top_k
@@ -243,7 +244,7 @@ class LiveBytes(TorchDispatchMode):
             assert lora is not None
             assert lora.experts is not None
             experts, top_k = lora.experts.num_choices, lora.experts.top_k
-        return self._step.rows * self._step.length * top_k + 16 * experts
+        return self._step.rows * self._step.length * top_k + ROWS_ON_CPU // 2 * experts
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -4,6 +4,8 @@ import logging
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -15,7 +17,6 @@ SOURCE = 'extern "C" int answer() { return 42; }\n'
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(SWITCH, raising=False)
     folder = tmp_path / "cpp"
     folder.mkdir()
     (folder / "answer.cpp").write_text(SOURCE)
@@ -124,7 +125,13 @@ def test_a_user_without_a_home(sources, monkeypatch, said):
     assert "home directory" in said.text
 
 
-def test_switched_off(sources, monkeypatch, said):
-    monkeypatch.setenv(SWITCH, "0")
-    assert load_library(sources, []) is None
-    assert not said.records
+def test_switched_off(tmp_path):
+    """Nothing is compiled, loaded or said."""
+    code = (
+        "import torch; from llmrecipes.kernels import library, products; print(library.kernel_types(), "
+        "library.has_kernels(torch.float32), products.multiplies_faster(torch.zeros(1)), library._library.cache_info())"
+    )
+    environment = os.environ | {SWITCH: "0", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("[] False False CacheInfo(hits=0, misses=0"), done.stderr
+    assert not done.stderr and not list(tmp_path.iterdir())

@@ -43,24 +43,26 @@ struct Shape {
     }
 };
 
-// Memory of one thread, cut into aligned pieces.
+// Memory of one thread, cut into aligned pieces; without any, what is asked for is only added up.
 class Workspace {
   public:
-    explicit Workspace(size_t bytes) : base_((char*)std::aligned_alloc(64, rounded((Index)bytes + 64, 64))), next_(base_) {}
+    explicit Workspace(Index bytes = 0) : base_(bytes ? (char*)std::aligned_alloc(64, bytes) : nullptr) {}
     ~Workspace() { std::free(base_); }
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;
     template <class Number>
     Number* take(Index count) {
-        char* piece = next_;
-        next_ += rounded(count * (Index)sizeof(Number), 64);
+        char* piece = base_ ? base_ + taken_ : nullptr;
+        taken_ += rounded(count * (Index)sizeof(Number), 64);
         return (Number*)piece;
     }
-    void rewind() { next_ = base_; }
+    void rewind() { taken_ = 0; }
+    Index taken() const { return taken_; }
     bool ok() const { return base_ != nullptr; }
 
   private:
-    char *base_, *next_;
+    char* base_;
+    Index taken_ = 0;
 };
 
 template <class Type>
@@ -68,32 +70,24 @@ struct Forward {
     using Number = typename Type::Number;
     static constexpr int PER = Type::PER_WORD;
 
-    static size_t bytes(Index tokens, Index width) {
-        const Index padded = rounded(tokens, BLOCK);
-        return sizeof(Word) * (2 * padded * width / PER + BLOCK * width + BLOCK * width / PER + 2 * BLOCK * BLOCK +
-                               BLOCK * BLOCK + 4 * BLOCK + 1024);
-    }
-
     Shape shape;
     Index turned_stride;
-    Word *values_turned, *queries;   // A [width][tokens / PER]; B [width / PER][BLOCK]
-    float *scores, *sums;            // [BLOCK keys][BLOCK queries]; [width][BLOCK queries]
-    Number* rows;                    // probabilities [BLOCK][BLOCK]
-    Word* pairs;                     // the same as B [BLOCK / PER][BLOCK]
-    float *top, *total, *factor;     // of each query of the block
+    Word *values_turned, *between;  // A [width][tokens / PER]; what turning them goes by
+    Word *queries, *probabilities;  // B [width / PER][BLOCK]; B [BLOCK keys / PER][BLOCK queries]
+    float *scores, *sums;           // [BLOCK keys][BLOCK queries]; [width][BLOCK queries]
+    float *top, *total, *factor;    // of each query of the block
 
-    Forward(Workspace& space, Shape of, Head<Type> values) : shape(of) {
-        const Index padded = shape.padded();
-        turned_stride = padded / PER;
+    Forward(Workspace& space, Shape of) : shape(of), turned_stride(of.padded() / PER) {
         values_turned = space.take<Word>(turned_stride * shape.width);
-        Word* between = space.take<Word>(turned_stride * shape.width);
-        queries = space.take<Word>(BLOCK * shape.words(PER));
-        scores = space.take<float>(BLOCK * BLOCK);
-        sums = space.take<float>(BLOCK * shape.width);
-        rows = space.take<Number>(BLOCK * BLOCK);
-        pairs = space.take<Word>(BLOCK * BLOCK);
+        between = space.take<Word>(turned_stride * shape.width);
+        queries = space.take<Word>(BLOCK * shape.words(PER)), probabilities = space.take<Word>(BLOCK * BLOCK);
+        scores = space.take<float>(BLOCK * BLOCK), sums = space.take<float>(BLOCK * shape.width);
         top = space.take<float>(BLOCK), total = space.take<float>(BLOCK), factor = space.take<float>(BLOCK);
-        pack_transposed(values, shape.tokens, shape.width, values_turned, turned_stride, between);
+    }
+
+    // Before the query heads of these values.
+    void begin(Head<Type> value) {
+        pack_transposed(value, shape.tokens, shape.width, values_turned, turned_stride, between);
     }
 
     void run(Head<Type> query, Head<Type> key, Head<Type> out, float* logsumexp) {
@@ -111,7 +105,7 @@ struct Forward {
             product<Type>(keys, columns, shape.words(PER), key.words(k), {queries, BLOCK}, scores, BLOCK, false);
             softmax(q, k, keys, columns, add);
             product<Type>(shape.width, columns, (keys + PER - 1) / PER, {values_turned + k / PER, turned_stride},
-                          {pairs, BLOCK}, sums, BLOCK, add);
+                          {probabilities, BLOCK}, sums, BLOCK, add);
         }
         for (Index i = 0; i < BLOCK; ++i) {
             factor[i] = 1.0f / total[i];
@@ -143,7 +137,7 @@ struct Forward {
                     p[j] = _mm512_maskz_mov_ps(seen, exp2(_mm512_fmsub_ps(score, scale, largest)));
                     sum = _mm512_add_ps(sum, p[j]);
                 }
-                store_pair(rows + i * BLOCK + n, BLOCK, pairs + i / PER * BLOCK + n, BLOCK, p[0], p[1]);
+                store_words(Type(), probabilities + i / PER * BLOCK + n, BLOCK, p[0], p[1]);
             }
             _mm512_storeu_ps(top + n, largest);
             _mm512_storeu_ps(total + n, sum);
@@ -161,11 +155,6 @@ struct Backward {
     using Number = typename Type::Number;
     static constexpr int PER = Type::PER_WORD;
 
-    static size_t bytes(Index tokens, Index width) {
-        const Index padded = rounded(tokens, BLOCK);
-        return sizeof(Word) * (5 * padded * width / PER + 3 * padded * width + 2 * padded + 5 * BLOCK * BLOCK + 2048);
-    }
-
     Shape shape;
     Index padded;
     Word* keys_turned;                      // A [width][tokens / PER]
@@ -175,9 +164,9 @@ struct Backward {
     float *logsumexp, *delta;               // in powers of two; sum of out * its gradient; [padded]
     float *scores, *d_scores, *factor;      // [BLOCK keys][BLOCK queries]
     Number *p_rows, *ds_rows;               // A [BLOCK keys][BLOCK queries]
-    Word* ds_pairs;                         // B [BLOCK keys / PER][BLOCK queries]
+    Word* ds_words;                         // B [BLOCK keys / PER][BLOCK queries]
 
-    Backward(Workspace& space, Shape of, Head<Type> key) : shape(of), padded(of.padded()) {
+    Backward(Workspace& space, Shape of) : shape(of), padded(of.padded()) {
         const Index words = padded * shape.width / PER, numbers = padded * shape.width;
         keys_turned = space.take<Word>(words);
         queries_turned = space.take<Word>(words), grads_turned = space.take<Word>(words);
@@ -186,9 +175,14 @@ struct Backward {
         logsumexp = space.take<float>(padded), delta = space.take<float>(padded), factor = space.take<float>(BLOCK);
         scores = space.take<float>(BLOCK * BLOCK), d_scores = space.take<float>(BLOCK * BLOCK);
         p_rows = space.take<Number>(BLOCK * BLOCK), ds_rows = space.take<Number>(BLOCK * BLOCK);
-        ds_pairs = space.take<Word>(BLOCK * BLOCK);
+        ds_words = space.take<Word>(BLOCK * BLOCK);
+    }
+
+    // Before the query heads of these keys.
+    void begin(Head<Type> key) {
         pack_transposed(key, shape.tokens, shape.width, keys_turned, padded / PER, queries);
-        std::fill(d_key, d_key + 2 * numbers, 0.0f);
+        std::fill(d_key, d_key + padded * shape.width, 0.0f);
+        std::fill(d_value, d_value + padded * shape.width, 0.0f);
         std::fill(factor, factor + BLOCK, shape.scale);
     }
 
@@ -234,7 +228,7 @@ struct Backward {
         const Operand p{(const Word*)p_rows, BLOCK / PER}, ds{(const Word*)ds_rows, BLOCK / PER};
         product<Type>(keys, width, columns / PER, p, {grads + q / PER * width, width}, d_value + k * width, width, true);
         product<Type>(keys, width, columns / PER, ds, {queries + q / PER * width, width}, d_key + k * width, width, true);
-        product<Type>(width, columns, (keys + PER - 1) / PER, {keys_turned + k / PER, padded / PER}, {ds_pairs, BLOCK},
+        product<Type>(width, columns, (keys + PER - 1) / PER, {keys_turned + k / PER, padded / PER}, {ds_words, BLOCK},
                       d_query + q * width, BLOCK, true);
     }
 
@@ -252,8 +246,9 @@ struct Backward {
                     p[j] = _mm512_maskz_mov_ps(seen, exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), scale, lse)));
                     ds[j] = _mm512_maskz_mul_ps(seen, p[j], _mm512_sub_ps(_mm512_loadu_ps(d_scores + at), mean));
                 }
-                store_pair(p_rows + i * BLOCK + n, BLOCK, nullptr, 0, p[0], p[1]);
-                store_pair(ds_rows + i * BLOCK + n, BLOCK, ds_pairs + i / PER * BLOCK + n, BLOCK, ds[0], ds[1]);
+                store_rows(p_rows + i * BLOCK + n, BLOCK, p[0], p[1]);
+                store_rows(ds_rows + i * BLOCK + n, BLOCK, ds[0], ds[1]);
+                store_words(Type(), ds_words + i / PER * BLOCK + n, BLOCK, ds[0], ds[1]);
             }
         }
     }
@@ -296,23 +291,27 @@ Head<Type> head_of(const Tensor& x, Index token, Index head) {
     return {(typename Type::Number*)x.at + token * x.token_stride + head * x.head_stride, x.token_stride};
 }
 
-// Calls `run(space, shape, first token, key/value head)` for each unit of work; 1 where memory is missing.
-template <class Run>
-int for_each_unit(const Work& work, size_t (*bytes)(Index, Index), Run run) {
+// Calls `run(pass, first token, key/value head)` for each unit of work; 1 where memory is missing.
+template <class Pass, class Run>
+int for_each_unit(const Work& work, Run run) {
+    const auto shape_of = [&](Index tokens) { return Shape{tokens, work.width, work.window, work.scale}; };
     Index longest = 0;
     for (Index d = 0; d < work.documents; ++d) longest = std::max(longest, work.borders[d + 1] - work.borders[d]);
+    Workspace ruler;
+    Pass(ruler, shape_of(longest));
     int failed = 0;
 #pragma omp parallel num_threads(work.threads) reduction(| : failed)
     {
-        Workspace space(bytes(longest, work.width));
+        Workspace space(ruler.taken());
         if (!space.ok()) failed = 1;
 #pragma omp for schedule(dynamic, 1)
         for (Index unit = 0; unit < work.documents * work.kv_heads; ++unit) {
             const Index document = unit / work.kv_heads, start = work.borders[document];
-            const Shape shape{work.borders[document + 1] - start, work.width, work.window, work.scale};
-            if (!space.ok() || shape.tokens == 0) continue;
+            const Index tokens = work.borders[document + 1] - start;
+            if (!space.ok() || tokens == 0) continue;
             space.rewind();
-            run(space, shape, start, unit % work.kv_heads);
+            Pass pass(space, shape_of(tokens));
+            run(pass, start, unit % work.kv_heads);
         }
     }
     return failed;
@@ -321,11 +320,11 @@ int for_each_unit(const Work& work, size_t (*bytes)(Index, Index), Run run) {
 template <class Type>
 int forward(const Work& work, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, float* lse) {
     const Index group = work.heads / work.kv_heads;
-    return for_each_unit(work, Forward<Type>::bytes, [&](Workspace& space, Shape shape, Index start, Index kv) {
-        Forward<Type> document(space, shape, head_of<Type>(v, start, kv));
+    return for_each_unit<Forward<Type>>(work, [&](Forward<Type>& pass, Index start, Index kv) {
+        pass.begin(head_of<Type>(v, start, kv));
         for (Index h = kv * group; h < (kv + 1) * group; ++h)
-            document.run(head_of<Type>(q, start, h), head_of<Type>(k, start, kv), head_of<Type>(out, start, h),
-                         lse + h * work.tokens + start);
+            pass.run(head_of<Type>(q, start, h), head_of<Type>(k, start, kv), head_of<Type>(out, start, h),
+                     lse + h * work.tokens + start);
     });
 }
 
@@ -333,13 +332,13 @@ template <class Type>
 int backward(const Work& work, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const float* lse,
              const Tensor& grad, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
     const Index group = work.heads / work.kv_heads;
-    return for_each_unit(work, Backward<Type>::bytes, [&](Workspace& space, Shape shape, Index start, Index kv) {
+    return for_each_unit<Backward<Type>>(work, [&](Backward<Type>& pass, Index start, Index kv) {
         const Head<Type> key = head_of<Type>(k, start, kv), value = head_of<Type>(v, start, kv);
-        Backward<Type> document(space, shape, key);
+        pass.begin(key);
         for (Index h = kv * group; h < (kv + 1) * group; ++h)
-            document.run(head_of<Type>(q, start, h), key, value, head_of<Type>(out, start, h),
-                         head_of<Type>(grad, start, h), lse + h * work.tokens + start, head_of<Type>(dq, start, h));
-        document.store(head_of<Type>(dk, start, kv), head_of<Type>(dv, start, kv));
+            pass.run(head_of<Type>(q, start, h), key, value, head_of<Type>(out, start, h),
+                     head_of<Type>(grad, start, h), lse + h * work.tokens + start, head_of<Type>(dq, start, h));
+        pass.store(head_of<Type>(dk, start, kv), head_of<Type>(dv, start, kv));
     });
 }
 

@@ -64,14 +64,15 @@ inline void pack_transposed(Head<Float32> from, Index tokens, Index width, Word*
     transpose_words(from.words(0), tokens, width, to, to_stride);
 }
 
-// Rows [2][LANES] of fp32 as A and as B.
-inline void store_pair(float* rows, Index stride, Word* pairs, Index pair_stride, __m512 one, __m512 other) {
+// Two rows of LANES sums as A.
+inline void store_rows(float* rows, Index stride, __m512 one, __m512 other) {
     _mm512_storeu_ps(rows, one);
     _mm512_storeu_ps(rows + stride, other);
-    if (pairs != nullptr) {
-        _mm512_storeu_ps((float*)pairs, one);
-        _mm512_storeu_ps((float*)pairs + pair_stride, other);
-    }
+}
+
+// The same as B, whose summed axis is that of the rows.
+inline void store_words(Float32, Word* words, Index stride, __m512 one, __m512 other) {
+    store_rows((float*)words, stride, one, other);
 }
 
 #ifdef __AVX512BF16__
@@ -97,11 +98,13 @@ inline void pack_transposed(Head<BFloat16> from, Index tokens, Index width, Word
     transpose_words({between, width}, (tokens + 1) / 2, width, to, to_stride);
 }
 
-inline void store_pair(uint16_t* rows, Index stride, Word* pairs, Index, __m512 one, __m512 other) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(other, one);
-    _mm256_storeu_si256((__m256i*)rows, _mm512_castsi512_si256(both));
-    _mm256_storeu_si256((__m256i*)(rows + stride), _mm512_extracti64x4_epi64(both, 1));
-    if (pairs != nullptr) _mm512_storeu_si512(pairs, interleaved(both));
+inline void store_rows(uint16_t* rows, Index stride, __m512 one, __m512 other) {
+    BFloat16::store(rows, one);
+    BFloat16::store(rows + stride, other);
+}
+
+inline void store_words(BFloat16, Word* words, Index, __m512 one, __m512 other) {
+    _mm512_storeu_si512(words, interleaved((__m512i)_mm512_cvtne2ps_pbh(other, one)));
 }
 #endif
 
