@@ -44,6 +44,7 @@ NAMES = {
         *("mul", "add", "sub", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sigmoid", "silu", "silu_backward"),
         *("addcmul", "sum", "mean", "amax", "softmax", "_softmax", "_softmax_backward_data", "logsumexp", "gelu"),
         *("llmrecipes::swiglu", "llmrecipes::swiglu_backward", "llmrecipes::swiglu_again"),
+        *("GeneratedBackwardFor_llmrecipes_swiglu_default", "GeneratedBackwardFor_llmrecipes_swiglu_defaultBackward"),
         *("rms_norm", "_fused_rms_norm", "_fused_rms_norm_backward", "native_layer_norm", "gelu_backward"),
         *("special_entr", "_Rotation", "_RotationBackward", "reciprocal", "where", "square", "sign", "abs"),
         *("native_layer_norm_backward", "clamp_min", "mul_out", "masked_fill_out"),
